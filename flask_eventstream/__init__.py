@@ -1,0 +1,24 @@
+"""Server-Sent Events for Flask, on any WSGI server."""
+
+from .blueprint import EventStream, eventstream
+from .broker import Broker, Subscription
+from .errors import EventStreamError
+from .event import ServerSentEvent
+from .memory_broker import MemoryBroker
+from .parser import EventStreamParser
+from .producer import interval
+from .response import EventStreamResponse, merge
+
+__all__ = [
+    "Broker",
+    "EventStream",
+    "EventStreamError",
+    "EventStreamParser",
+    "EventStreamResponse",
+    "MemoryBroker",
+    "ServerSentEvent",
+    "Subscription",
+    "eventstream",
+    "interval",
+    "merge",
+]

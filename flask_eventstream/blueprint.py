@@ -1,0 +1,276 @@
+"""The blueprint: routes, publishing, subscribing, and the state of each app."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
+
+from flask import Blueprint, Flask, current_app, request
+
+from . import access
+from .broker import DEFAULT_CHANNEL, Broker, channel_names
+from .config import Config
+from .errors import ConfigurationError, NotRegisteredError, TooLargeError
+from .event import ServerSentEvent, encode_comment
+from .memory_broker import MemoryBroker
+from .response import EventStreamResponse, SubscriptionBody, cursor, jittered, json_dumps
+from .signals import event_published, subscriber_connected, subscriber_disconnected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from flask.blueprints import BlueprintSetupState
+
+    from .broker import Subscription
+
+    View = TypeVar("View", bound=Callable[..., Any])
+    MayRead = TypeVar("MayRead", bound=Callable[[str], bool])
+
+
+@dataclass
+class State:
+    """What one app has: it is ``app.extensions["eventstream"]``."""
+
+    config: Config
+    broker: Broker
+    streams: WeakSet[SubscriptionBody] = field(default_factory=WeakSet)
+
+
+class EventStream(Blueprint):
+    """A blueprint that publishes events, and serves them.
+
+    :param name: the blueprint's name.
+    :param import_name: the name of the module that it belongs to, ``__name__`` as a rule.
+    :param url_prefix: where its routes are, ``"/stream"`` unless it is registered elsewhere. What
+        else a :class:`flask.Blueprint` takes may be given too.
+
+    Its own route, ``GET /stream?channel=news&channel=sport``, streams channels that
+    :meth:`authorize` opens; without it, only the default channel, ``"sse"``.
+
+    All blueprints of an app share the app's broker and configuration. The configuration is read
+    when the first of them is registered; a value that cannot be used is a
+    :class:`ConfigurationError`.
+    """
+
+    def __init__(
+        self, name: str, import_name: str, *, url_prefix: str | None = "/stream", **options: Any
+    ) -> None:
+        super().__init__(name, import_name, url_prefix=url_prefix, **options)
+        self._may_read: Callable[[str], bool] | None = None
+        self.record(_install)
+        self.add_url_rule("", "channels", self._channels)
+
+    def publish(
+        self,
+        data: Any,
+        type: str | None = None,
+        id: str | int | None = None,
+        retry: int | None = None,
+        channel: str | Iterable[str] = DEFAULT_CHANNEL,
+    ) -> str:
+        """Send an event to the subscribers of one channel or of several, and return at once.
+
+        It needs an app context, which every view has; elsewhere, ``with app.app_context():``.
+
+        :param data: a ``str`` is sent as it is, a :class:`ServerSentEvent` is itself, all else is
+            sent as JSON by the app's provider.
+        :param type: the event type; ``"message"`` by default.
+        :param id: an id of your own instead of the broker's.
+        :param retry: the reconnection time in **milliseconds**.
+        :param channel: a name or several; a subscriber of two of them gets the event once.
+        :returns: the event's id.
+        :raises InvalidFieldError: if a field or a channel's name is not valid.
+        :raises TooLargeError: if the event is larger than ``EVENTSTREAM_MAX_EVENT_BYTES``.
+        :raises NotRegisteredError: if the app has no event stream.
+        """
+        broker = _state().broker
+        if not isinstance(data, ServerSentEvent):
+            data = ServerSentEvent(data, type, id, retry, dumps=json_dumps())
+            type = id = retry = None
+        names = channel_names(channel)
+        event_id = broker.publish(data, type, id, retry, names)
+        event_published.send(_app(), channels=names, id=event_id)
+        return event_id
+
+    def subscribe(
+        self,
+        *channels: str,
+        history: int = 0,
+        snapshot: Callable[[], Any] | None = None,
+    ) -> EventStreamResponse:
+        """Return a response that streams channels; to be returned by a view.
+
+        The view is the authorization: who gets its response may read the channels.
+
+        :param channels: their names; the default channel if there are none.
+        :param history: for a client on its first connect, how many of the latest events of the
+            channels come first.
+        :param snapshot: called once the subscription is in force, on a first connect and after a
+            ``reset``; what it returns is sent after history and before everything newer. It may
+            return what a stream's view may yield, or ``None`` for nothing.
+        :raises InvalidFieldError: if a channel's name is not valid.
+        :raises TooLargeError: if there are more channels than ``EVENTSTREAM_MAX_CHANNELS``.
+        :raises ServiceUnavailable: 503, if the process has ``EVENTSTREAM_MAX_SUBSCRIBERS``.
+        :raises NotRegisteredError: if the app has no event stream.
+
+        A client that returns gets exactly what it missed, or a ``reset`` event and what history
+        still has.
+        """
+        state = _state()
+        names = channel_names(channels or DEFAULT_CHANNEL)
+        if len(names) > state.config.max_channels:
+            advice = "Publish to fewer channels, or raise EVENTSTREAM_MAX_CHANNELS."
+            raise TooLargeError(
+                "the number of channels", len(names), state.config.max_channels, advice
+            )
+        if request.method == "HEAD":
+            return EventStreamResponse(())
+        access.check_room(len(state.streams), state.config.max_subscribers)
+        subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
+        body = _open_body(state, subscription, snapshot)
+        subscriber_connected.send(_app(), channels=names, last_event_id=cursor())
+        return EventStreamResponse(body)
+
+    def stream(
+        self,
+        rule: str,
+        *,
+        heartbeat: float | None = None,
+        format: str = "sse",
+        methods: Iterable[str] = ("GET", "POST"),
+        **options: Any,
+    ) -> Callable[[View], View]:
+        """Decorate a generator view: what it yields is streamed to the client that asked.
+
+        :param rule: the URL rule below the blueprint's prefix.
+        :param heartbeat: see :class:`EventStreamResponse`; seconds.
+        :param format: see :class:`EventStreamResponse`.
+        :param methods: the methods; GET and POST by default.
+        :param options: what else :meth:`flask.Flask.add_url_rule` takes.
+
+        A view that returns anything but an iterator (a redirect, an error) is answered as any.
+        """
+
+        def decorate(view: View) -> View:
+            @wraps(view)
+            def respond(**arguments: Any) -> Any:
+                result = current_app.ensure_sync(view)(**arguments)
+                if not hasattr(result, "__next__"):
+                    return result
+                return EventStreamResponse(result, heartbeat=heartbeat, format=format)
+
+            self.add_url_rule(rule, view_func=respond, methods=list(methods), **options)
+            return view
+
+        return decorate
+
+    def authorize(self, may_read: MayRead) -> MayRead:
+        """Decorate the function that tells whether the current request may read a channel.
+
+        It is asked for each channel at every connect and reconnect, before anything is replayed.
+        It returns a ``bool``, or raises an HTTP error of its own; ``False`` is 403.
+        """
+        self._may_read = may_read
+        return may_read
+
+    def last_event_id(self, channel: str = DEFAULT_CHANNEL) -> str:
+        """Return the cursor of this moment, for a page to connect from.
+
+        A page that is rendered with it and connects to ``/stream?lastEventId=…`` misses nothing
+        that is published in between.
+        """
+        return _state().broker.last_event_id(channel)
+
+    def subscriber_count(self, channel: str | None = None) -> int:
+        """Return how many subscribers a channel has, or the whole broker without a channel."""
+        return _state().broker.subscriber_count(channel)
+
+    def disconnect(self, channel: str) -> int:
+        """End every stream that reads a channel, and return how many there were.
+
+        Browsers reconnect at once, and are asked for their rights anew.
+        """
+        return _state().broker.disconnect(channel)
+
+    def _channels(self) -> EventStreamResponse:
+        names = access.requested_channels(_state().config.max_channels)
+        access.check_may_read(names, self._may_read)
+        return self.subscribe(*names)
+
+
+def _install(setup: BlueprintSetupState) -> None:
+    if "eventstream" not in setup.app.extensions:
+        config = Config.read(setup.app.config)
+        setup.app.extensions["eventstream"] = State(config, _new_broker(config))
+
+
+def _new_broker(config: Config) -> Broker:
+    if config.broker_url != "memory://":
+        reason = "names no broker that this version has; use 'memory://'"
+        raise ConfigurationError("EVENTSTREAM_BROKER_URL", config.broker_url, reason)
+    return MemoryBroker(
+        history=config.history,
+        history_seconds=config.history_seconds,
+        max_event_bytes=config.max_event_bytes,
+        max_lag=config.max_lag,
+    )
+
+
+def _open_body(
+    state: State, subscription: Subscription, snapshot: Callable[[], Any] | None
+) -> SubscriptionBody:
+    config = state.config
+    app = _app()
+    try:
+        start = _first_bytes(config.retry, subscription, snapshot)
+    except BaseException:
+        subscription.close()
+        raise
+
+    def forget(body: SubscriptionBody) -> None:
+        state.streams.discard(body)
+        subscriber_disconnected.send(app, channels=subscription.channels)
+
+    body = SubscriptionBody(subscription, start, config.heartbeat, config.max_lifetime, forget)
+    state.streams.add(body)
+    return body
+
+
+def _first_bytes(
+    retry: int, subscription: Subscription, snapshot: Callable[[], Any] | None
+) -> bytes:
+    # They leave at once, so that onopen fires. There is no blank line: the first event completes
+    # the block, since clients would take one without data for an event (see HEARTBEAT).
+    start = encode_comment() + b"retry: %d\n" % jittered(retry) + subscription.start
+    if snapshot is None or subscription.resumed:
+        return start
+    return start + _encoded_snapshot(snapshot(), subscription.cursor)
+
+
+def _encoded_snapshot(item: Any, cursor: str) -> bytes:
+    if item is None:
+        return b""
+    is_event = isinstance(item, ServerSentEvent)
+    event: ServerSentEvent = item if is_event else ServerSentEvent(item, dumps=json_dumps())
+    # With the id of the moment it was taken at, a client that then loses the connection gets what
+    # came after it, and not everything once more.
+    return (event if event.id is not None else event._replace(id=cursor)).encode()
+
+
+def _app() -> Flask:
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+    return app
+
+
+def _state() -> State:
+    app = _app()
+    state: State | None = app.extensions.get("eventstream")
+    if state is None:
+        raise NotRegisteredError(app.name)
+    return state
+
+
+eventstream = EventStream("eventstream", __name__)
+"""A blueprint that is ready to be registered."""

@@ -1,0 +1,194 @@
+"""Who gets which event: the contract of every broker and of what a subscriber holds."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from .errors import InvalidFieldError
+from .event import MAX_EVENT_BYTES, ServerSentEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+DEFAULT_CHANNEL = "sse"
+"""The channel of those who name none (Flask-SSE's default, so that its users feel at home)."""
+
+MAX_CHANNEL_LENGTH = 255
+"""The longest name of a channel, in characters."""
+
+_UNFIT_FOR_A_NAME = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class Broker(ABC):
+    """Takes events from publishers and holds them ready for subscribers: the contract.
+
+    *Threads.* Every method may be called from any thread and any greenlet, in the request of any
+    app or in none.
+
+    *Order.* A broker puts all its events into one sequence. A subscriber gets the events of its
+    channels in that order, each once, even if one was published to several of its channels.
+
+    *Cost.* ``publish`` takes the same time with one subscriber and with 10,000: it encodes the
+    event, appends it, rings a bell, and returns. It never waits for a subscriber and never fails
+    because of one.
+
+    *Loss.* Within a subscription nothing is left out. One that falls behind what is kept ends,
+    and its client returns with a cursor. A cursor gives exactly what came after it, or a
+    ``reset`` event that says that something may be gone: never a hole without a word.
+
+    *Close.* ``close`` ends every subscription after what was published before, and makes
+    ``publish`` and ``subscribe`` raise :class:`BrokerClosedError`.
+
+    :param max_event_bytes: the largest event accepted, in bytes on the wire; 1 MiB by default.
+    """
+
+    def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self.max_event_bytes = max_event_bytes
+
+    def publish(
+        self,
+        data: Any,
+        type: str | None = None,
+        id: str | int | None = None,
+        retry: int | None = None,
+        channel: str | Iterable[str] = DEFAULT_CHANNEL,
+    ) -> str:
+        """Send an event to the subscribers of one channel or of several.
+
+        :param data: what :class:`ServerSentEvent` takes, or a whole ``ServerSentEvent``, which
+            then has the other fields itself.
+        :param type: the event type; ``"message"`` by default.
+        :param id: an id of your own, which works as a cursor as long as it is unique in the history
+            of its channels. By default the broker gives each event one.
+        :param retry: the reconnection time in **milliseconds**.
+        :param channel: a name or several; a subscriber of two of them gets the event once.
+        :returns: the event's id.
+        :raises InvalidFieldError: if a field or a channel's name is not valid.
+        :raises TooLargeError: if the event is larger than ``max_event_bytes``.
+        :raises BrokerClosedError: after :meth:`close`.
+        """
+        if not isinstance(data, ServerSentEvent):
+            data = ServerSentEvent(data, type, id, retry)
+        elif not (type is id is retry is None):
+            raise TypeError("publish() got a ServerSentEvent, which has type, id and retry itself")
+        if data.id == "":
+            hint = "is empty and would make clients forget their cursor; leave it out"
+            raise InvalidFieldError("id", "", hint)
+        names = channel_names(channel)
+        before_id, after_id = data.encode_around_id(self.max_event_bytes)
+        return self._append(names, data.id, before_id, after_id)
+
+    @abstractmethod
+    def _append(
+        self, names: Sequence[str], id: str | None, before_id: bytes, after_id: bytes
+    ) -> str:
+        """Number an encoded event, keep it, wake who waits for it, and return its id.
+
+        :param names: the channels, checked.
+        :param id: the publisher's own id, which is on the wire already; ``None`` if the broker's
+            own has to be put between the two parts of the wire.
+        """
+
+    @abstractmethod
+    def subscribe(
+        self, *channels: str, last_event_id: str | None = None, history: int = 0
+    ) -> Subscription:
+        """Start to receive the events of some channels.
+
+        :param channels: their names; the default channel if there are none.
+        :param last_event_id: the cursor of a client that returns: what it missed comes first.
+        :param history: for a client without a cursor, how many of the latest events come first.
+        :returns: the subscription, which is in force when this returns; close it in the end.
+        :raises InvalidFieldError: if a channel's name is not valid.
+        :raises BrokerClosedError: after :meth:`close`.
+        """
+
+    @abstractmethod
+    def last_event_id(self, channel: str = DEFAULT_CHANNEL) -> str:
+        """Return the cursor from which a client gets all that is published from now on."""
+
+    @abstractmethod
+    def subscriber_count(self, channel: str | None = None) -> int:
+        """Return how many subscriptions a channel has, or the whole broker without a channel."""
+
+    @abstractmethod
+    def disconnect(self, channel: str) -> int:
+        """End every subscription that reads a channel, and return how many there were.
+
+        They still get what was published before, and nothing after.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End every subscription and accept nothing more."""
+
+
+class Subscription(ABC):
+    """What one subscriber still has to get.
+
+    It holds a position in the broker's sequence and no events: what is pending is read from the
+    history that all subscribers share, so a slow one costs no memory of its own.
+
+    :param channels: the names of the channels.
+    :param start: what the client has to get first, as bytes: what it missed, or a ``reset`` and
+        what history still has. The events that :meth:`take` returns come after it.
+    :param resumed: whether it continues right after the cursor it was opened with. If not, the
+        client's picture has to be drawn anew: on a first connect, or after a ``reset``.
+    """
+
+    __slots__ = ("channels", "resumed", "start")
+
+    def __init__(self, channels: tuple[str, ...], start: bytes, resumed: bool) -> None:
+        self.channels = channels
+        self.start = start
+        self.resumed = resumed
+
+    @property
+    @abstractmethod
+    def cursor(self) -> str:
+        """The cursor of what was taken so far, :attr:`start` included."""
+
+    @abstractmethod
+    def take(self, timeout: float) -> bytes | None:
+        """Wait for events and return all that are pending, joined.
+
+        One thread or greenlet at a time may call it.
+
+        :param timeout: how long to wait for the first one, in seconds; 0 does not wait.
+        :returns: whole events as bytes; ``b""`` if there was none in time; ``None`` once the
+            subscription has ended: it was closed or disconnected, the broker was closed, or it fell
+            behind what the broker keeps.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the subscription. It may be called from anywhere and more than once.
+
+        A ``take`` that waits in another thread returns at once.
+        """
+
+
+def channel_names(channel: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the names of one channel or of several, each once, in order.
+
+    :raises InvalidFieldError: if there is none, or one is not a ``str`` of 1 to 255 characters
+        without control characters.
+    """
+    names = (channel,) if isinstance(channel, str) else tuple(dict.fromkeys(channel))
+    if not names:
+        raise InvalidFieldError("channel", names, "names no channel; give at least one")
+    for name in names:
+        _check_channel_name(name)
+    return names
+
+
+def _check_channel_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise InvalidFieldError("channel", name, "is not a str")
+    if not 0 < len(name) <= MAX_CHANNEL_LENGTH:
+        hint = f"has {len(name):,} characters; use 1 to {MAX_CHANNEL_LENGTH}"
+        raise InvalidFieldError("channel", name, hint)
+    if not name.isprintable() and _UNFIT_FOR_A_NAME.search(name):
+        raise InvalidFieldError("channel", name, "has a control character or a surrogate")

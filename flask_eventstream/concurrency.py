@@ -1,0 +1,140 @@
+"""Threads or greenlets: whichever the caller runs on.
+
+gevent is never imported here, only used where it runs already. With monkey patching the standard
+library's names are gevent's own; without it (gevent.pywsgi as Flask's documentation starts it) a
+thread that runs a gevent hub must not be blocked by a wait of the standard library.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Event(Protocol):
+    """What :class:`threading.Event` and gevent's have in common."""
+
+    def set(self) -> Any:
+        """Let everybody through who waits."""
+
+    def clear(self) -> Any:
+        """Make those wait who come from now on."""
+
+    def is_set(self) -> bool:
+        """Tell whether it is set."""
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """Wait until it is set, for ``timeout`` seconds at most."""
+
+
+class Mutex(Protocol):
+    """What the locks of the standard library and of the operating system have in common."""
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """Take the lock; tell whether that succeeded."""
+
+    def release(self) -> None:
+        """Give the lock back."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *exc_info: Any) -> Any: ...
+
+
+class Waker:
+    """Does a piece of work on a thread or greenlet of its own whenever somebody rings.
+
+    However often it rings meanwhile, the work is done once more: whoever rings only sets a flag.
+
+    :param work: called after each ring; once it returns ``False``, the thread ends.
+    """
+
+    def __init__(self, work: Callable[[], bool]) -> None:
+        self._work = work
+        self._mutex = new_mutex()
+        self._bell: Event | None = None
+
+    def start(self) -> None:
+        """Start the thread or greenlet, unless it runs already, with a first round of work."""
+        with self._mutex:
+            if self._bell is not None:
+                return
+            self._bell = bell = new_event()
+        bell.set()
+        spawn(self._run, bell)
+
+    def ring(self) -> None:
+        """Ask for a round of work; without effect unless started."""
+        bell = self._bell
+        if bell is not None:
+            bell.set()
+
+    def _run(self, bell: Event) -> None:
+        while True:
+            bell.wait()
+            bell.clear()
+            if not self._work() and self._is_over(bell):
+                return
+
+    def _is_over(self, bell: Event) -> bool:
+        with self._mutex:
+            # Who rang since the work was done counts on another round.
+            if bell.is_set():
+                return False
+            self._bell = None
+            return True
+
+
+def new_event() -> Event:
+    """Return an event whose ``wait`` lets others run, and that any thread may set."""
+    if _runs_in_greenlet():
+        event: Event = sys.modules["gevent.event"].Event()
+        return event
+    return threading.Event()
+
+
+def spawn(function: Callable[..., object], *args: object) -> None:
+    """Run a function on its own daemon thread, or on a greenlet where gevent runs."""
+    if _runs_in_greenlet():
+        sys.modules["gevent"].spawn(function, *args)
+    else:
+        threading.Thread(target=function, args=args, daemon=True).start()
+
+
+def new_mutex() -> Mutex:
+    """Return a lock of the operating system's, for sections that neither wait nor switch.
+
+    gevent's own locks serve one thread well, and many threads slowly. A section that never
+    switches to another greenlet can only be contended by another thread, and then it is a lock
+    between threads that is needed, even in a monkey-patched process.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None:
+        return threading.Lock()
+    mutex: Mutex = monkey.get_original("_thread", "allocate_lock")()
+    return mutex
+
+
+def call_after_fork(method: Callable[[], None]) -> None:
+    """Call a bound method in every child process that is forked from now on.
+
+    Such a hook can never be taken back; this one does not keep the method's object alive.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def call_if_alive() -> None:
+        alive = reference()
+        if alive is not None:
+            alive()
+
+    os.register_at_fork(after_in_child=call_if_alive)
+
+
+def _runs_in_greenlet() -> bool:
+    gevent = sys.modules.get("gevent.hub")
+    return gevent is not None and isinstance(gevent.getcurrent().parent, gevent.Hub)

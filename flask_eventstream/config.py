@@ -1,0 +1,98 @@
+"""The ``EVENTSTREAM_`` keys of an app's configuration, read once, when the blueprint registers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+def _whole(least: int) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            return None
+        return f"must be an int of at least {least}"
+
+    return check
+
+
+def _seconds(value: Any) -> str | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return None if is_number and value > 0 else "must be a number of seconds, more than 0"
+
+
+def _url(value: Any) -> str | None:
+    # The scheme is looked at where the broker is made.
+    return None if isinstance(value, str) else "must be a str, such as 'memory://'"
+
+
+_CHECKS: dict[str, Callable[[Any], str | None]] = {
+    "broker_url": _url,
+    "history": _whole(0),
+    "history_seconds": _seconds,
+    "heartbeat": _seconds,
+    "retry": _whole(0),
+    "max_event_bytes": _whole(1),
+    "max_channels": _whole(1),
+    "max_subscribers": _whole(1),
+    "max_lifetime": _seconds,
+    "max_lag": _seconds,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What an app's configuration says of event streams. Seconds, but for ``retry``.
+
+    :param broker_url: where events go through; ``memory://`` is the process itself.
+    :param history: how many events of a channel a client that returns can get.
+    :param history_seconds: and how old they may be, in seconds.
+    :param heartbeat: the longest silence of a subscriber's stream, in seconds. Proxies cut silent
+        connections; nginx does after 60 seconds.
+    :param retry: when clients reconnect, in **milliseconds**, jittered by 20 %.
+    :param max_event_bytes: the largest event, in bytes on the wire.
+    :param max_channels: how many channels one connection may read.
+    :param max_subscribers: how many subscribers a process may have; by default the limit of file
+        descriptors less a reserve.
+    :param max_lifetime: after how many seconds a subscriber's stream ends, jittered by 20 %; never
+        by default.
+    :param max_lag: how long a subscriber may take nothing before it can fall behind, in seconds.
+    """
+
+    broker_url: str = "memory://"
+    history: int = 256
+    history_seconds: float = 300
+    heartbeat: float = 15
+    retry: int = 3000
+    max_event_bytes: int = 1024 * 1024
+    max_channels: int = 64
+    max_subscribers: int | None = None
+    max_lifetime: float | None = None
+    max_lag: float = 30
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Config:
+        """Read an app's configuration.
+
+        :param config: ``app.config``. A key that is absent has its default, as has one that is
+            ``None`` where the default is ``None``.
+        :raises ConfigurationError: if a value cannot be used; it names the key.
+        """
+        given = {}
+        for field in fields(cls):
+            key = f"EVENTSTREAM_{field.name.upper()}"
+            value = config.get(key, field.default)
+            if value is not None or field.default is not None:
+                _check(key, value, _CHECKS[field.name])
+            given[field.name] = value
+        return cls(**given)
+
+
+def _check(key: str, value: Any, check: Callable[[Any], str | None]) -> None:
+    reason = check(value)
+    if reason is not None:
+        raise ConfigurationError(key, value, reason)

@@ -1,0 +1,74 @@
+"""What can go wrong, with the evidence: which value, which limit, what to do."""
+
+from __future__ import annotations
+
+
+class EventStreamError(Exception):
+    """The parent of every error that this package raises on purpose."""
+
+
+class InvalidFieldError(EventStreamError, ValueError):
+    """A value that no event stream can carry, refused at the call that brought it.
+
+    :param field: what was wrong: ``"data"``, ``"type"``, ``"id"``, ``"retry"`` or ``"channel"``.
+    :param value: the refused value.
+    :param reason: what is wrong with it and what to do, as the end of a sentence.
+    """
+
+    def __init__(self, field: str, value: object, reason: str) -> None:
+        super().__init__(f"{field}={_shown(value)} {reason}")
+        self.field = field
+        self.value = value
+
+
+class TooLargeError(EventStreamError, ValueError):
+    """Something is larger than its limit: an event, unfinished data, a number of channels.
+
+    :param field: what is too large.
+    :param value: its size.
+    :param limit: the largest size allowed.
+    :param advice: what to do about it, as a sentence.
+    """
+
+    def __init__(self, field: str, value: int, limit: int, advice: str) -> None:
+        super().__init__(f"{field} is {value:,}, and at most {limit:,} is allowed. {advice}")
+        self.field = field
+        self.value = value
+        self.limit = limit
+
+
+class ConfigurationError(EventStreamError, ValueError):
+    """A configuration value that cannot be used.
+
+    :param key: the configuration key.
+    :param value: the refused value.
+    :param reason: what is allowed, as the end of a sentence.
+    """
+
+    def __init__(self, key: str, value: object, reason: str) -> None:
+        super().__init__(f"{key}={_shown(value)} {reason}")
+        self.field = key
+        self.value = value
+
+
+class NotRegisteredError(EventStreamError, RuntimeError):
+    """The current app has no event stream blueprint."""
+
+    def __init__(self, app_name: str) -> None:
+        super().__init__(
+            f"app {app_name!r} has no event stream; call app.register_blueprint(eventstream) first"
+        )
+        self.value = app_name
+
+
+class BrokerClosedError(EventStreamError, RuntimeError):
+    """The broker was closed, so nothing can be published or subscribed to any more."""
+
+    def __init__(self) -> None:
+        super().__init__("the broker is closed; create a new one")
+
+
+def _shown(value: object) -> str:
+    # A refused value may be a megabyte long; an error message must not be.
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}… ({len(text):,} characters)"

@@ -1,0 +1,256 @@
+r"""Events to bytes, by the WHATWG HTML standard, section 9.2, and nothing else.
+
+The rules of this file:
+
+* UTF-8, LF, ``field: value`` with the space, an empty line ends the event.
+* Lines end at CRLF, LF and CR only. U+2028 and the others of ``str.splitlines()`` are data.
+* An event always has data, if only an empty line of it: clients treat a block without data
+  each in their own way (one hands it on, another fails to decode it as JSON).
+* An event that could not be read back cannot be built.
+
+>>> ServerSentEvent("first\nsecond", type="log", id="7").encode()
+b'id: 7\nevent: log\ndata: first\ndata: second\n\n'
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip as gzip_codec
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import InvalidFieldError, TooLargeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+MAX_EVENT_BYTES = 1024 * 1024
+"""The default limit of an event on the wire, in bytes."""
+
+HEARTBEAT = b":\n"
+"""A comment line that keeps a silent connection open.
+
+It ends in one LF and not in two: a blank line makes the ``openai`` Python client and httpx-sse
+dispatch an empty event, and ``@microsoft/fetch-event-source`` call ``onmessage`` for nothing.
+"""
+
+
+class _Fields(NamedTuple):
+    data: str
+    type: str = "message"
+    id: str | None = None
+    retry: int | None = None
+
+
+class ServerSentEvent(_Fields):
+    """One event, immutable, and valid once it is built.
+
+    :param data: what to send. A ``str`` is sent as it is; ``None`` and all that JSON can express is
+        sent as JSON. ``bytes`` are refused, see :meth:`binary`.
+    :param type: the event type that a browser dispatches, without CR and LF. ``None`` and ``""``
+        are the standard's default, ``"message"``, which needs no line on the wire.
+    :param id: what a client sends back as ``Last-Event-ID``, without CR, LF and NUL. An ``int`` is
+        written in decimal. ``None`` leaves the client's id as it is; ``""`` makes it forget its id.
+    :param retry: the reconnection time in **milliseconds**, an ``int`` of at least 0.
+    :param dumps: turns data that is not a ``str`` into JSON; :func:`json.dumps` without NaN by
+        default. Inside an app, ``current_app.json.dumps`` knows dates and UUIDs too.
+    :raises InvalidFieldError: if a value could not be sent, or not be read back.
+
+    The rules are those of the WHATWG HTML standard, sections 9.2.5 and 9.2.6.
+
+    >>> ServerSentEvent({"tokens": 3}, type="usage")
+    ServerSentEvent(data='{"tokens": 3}', type='usage', id=None, retry=None)
+    """
+
+    __slots__ = ()
+
+    def __new__(  # noqa: D102  # the class says it
+        cls,
+        data: Any,
+        type: str | None = None,
+        id: str | int | None = None,
+        retry: int | None = None,
+        *,
+        dumps: Callable[[Any], str] | None = None,
+    ) -> ServerSentEvent:
+        if data.__class__ is not str or not data.isascii():
+            data = _checked_data(data, dumps)
+        if id is not None:
+            id = _checked_id(id)
+        if retry is not None:
+            _check_retry(retry)
+        return tuple.__new__(cls, (data, _checked_type(type) if type else "message", id, retry))
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> ServerSentEvent:  # type: ignore[override]
+        # namedtuple's own _make and _replace would build events that nobody checked.
+        return cls(*iterable)
+
+    @classmethod
+    def binary(
+        cls,
+        data: bytes,
+        gzip: bool = False,
+        type: str | None = None,
+        id: str | int | None = None,
+        retry: int | None = None,
+    ) -> ServerSentEvent:
+        """Build an event that carries binary data as base64, since the wire is text.
+
+        :param data: the bytes.
+        :param gzip: compress them first; the client decodes with ``DecompressionStream("gzip")``.
+        :param type: as for the class; so are ``id`` and ``retry`` (milliseconds).
+        :returns: the event; its data is base64 by RFC 4648, section 4, without line breaks.
+        :raises InvalidFieldError: as the class does.
+
+        >>> ServerSentEvent.binary(b"\\x00\\xff").data
+        'AP8='
+        """
+        # mtime=0: the same bytes give the same event, whenever it is built.
+        packed = gzip_codec.compress(data, mtime=0) if gzip else data
+        return cls(base64.b64encode(packed).decode("ascii"), type, id, retry)
+
+    def encode(self, max_bytes: int | None = None) -> bytes:
+        """Return the event as it goes over the wire, its closing blank line included.
+
+        :param max_bytes: the largest number of bytes allowed; without limit by default.
+        :raises TooLargeError: if the event is larger.
+
+        The order of the fields is ours (the standard demands none); ``retry`` comes first.
+        """
+        data, type, id, retry = self
+        if "\r" in data:
+            data = data.replace("\r\n", "\n").replace("\r", "\n")
+        if "\n" in data:
+            data = data.replace("\n", "\ndata: ")
+        head = "" if retry is None else f"retry: {retry}\n"
+        if id is not None:
+            head = f"{head}id: {id}\n"
+        if type != "message":
+            head = f"{head}event: {type}\n"
+        wire = f"{head}data: {data}\n\n".encode()
+        if max_bytes is not None and len(wire) > max_bytes:
+            raise_too_large(len(wire), max_bytes)
+        return wire
+
+    def encode_around_id(self, max_bytes: int | None = None) -> tuple[bytes, bytes]:
+        """Return the wire before and after the line of an id that is not known yet.
+
+        A broker numbers its events under a lock; this lets it encode them outside of it.
+
+        :param max_bytes: as for :meth:`encode`.
+        :raises TooLargeError: as :meth:`encode` does.
+        """
+        wire = self.encode(max_bytes)
+        if self.retry is None:
+            return b"", wire
+        retry, end, rest = wire.partition(b"\n")
+        return retry + end, rest
+
+
+def encode_data(data: str, max_bytes: int | None = None) -> bytes:
+    """Return an event that is nothing but data as it goes over the wire.
+
+    The same as ``ServerSentEvent(data).encode(max_bytes)`` in a third of the time, for streams of
+    text (benchmarks/encode.py).
+    """
+    if "\r" in data:
+        data = data.replace("\r\n", "\n").replace("\r", "\n")
+    if "\n" in data:
+        data = data.replace("\n", "\ndata: ")
+    try:
+        wire = f"data: {data}\n\n".encode()
+    except UnicodeEncodeError as error:
+        raise _lone_surrogate("data", data, error) from error
+    if max_bytes is not None and len(wire) > max_bytes:
+        raise_too_large(len(wire), max_bytes)
+    return wire
+
+
+def encode_comment(text: str = "") -> bytes:
+    """Return a comment, which clients skip, as it goes over the wire.
+
+    :param text: the comment; each of its lines becomes a comment line.
+    :returns: the comment lines, and no blank line (see :data:`HEARTBEAT`).
+    :raises InvalidFieldError: if the text has lone surrogates.
+    """
+    lines = _checked_text("comment", text).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "".join(f": {line}\n" if line else ":\n" for line in lines).encode()
+
+
+def to_json(value: Any, dumps: Callable[[Any], str] | None = None) -> str:
+    """Return a value as JSON.
+
+    :param value: anything that JSON can express. NaN and the infinities are not: a browser's
+        ``JSON.parse`` fails on them.
+    :param dumps: the encoder; :func:`json.dumps` without NaN by default.
+    :raises InvalidFieldError: if it is ``bytes``, or nothing that JSON can express.
+    """
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        hint = "is binary, and the wire is text; send ServerSentEvent.binary(data)"
+        raise InvalidFieldError("data", value, hint)
+    try:
+        return dumps(value) if dumps else json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        hint = f"cannot be sent as JSON ({error}); send a str, or what JSON can express"
+        raise InvalidFieldError("data", value, hint) from error
+
+
+def raise_too_large(size: int, limit: int) -> None:
+    """Raise the error of an event that is larger than allowed (both in bytes)."""
+    advice = "Send a link to the data, or raise EVENTSTREAM_MAX_EVENT_BYTES."
+    raise TooLargeError("the event's size in bytes", size, limit, advice)
+
+
+def _checked_data(data: Any, dumps: Callable[[Any], str] | None) -> str:
+    if not isinstance(data, str):
+        data = to_json(data, dumps)
+    return _checked_text("data", data)
+
+
+def _checked_text(field: str, text: str) -> str:
+    # str.__str__, since a subclass may escape what it is joined with (markupsafe.Markup) or
+    # print as something else (an Enum of strings).
+    plain = str.__str__(text)
+    try:
+        plain.encode()
+    except UnicodeEncodeError as error:
+        raise _lone_surrogate(field, plain, error) from error
+    return plain
+
+
+def _lone_surrogate(field: str, text: str, error: UnicodeEncodeError) -> InvalidFieldError:
+    hint = f"has a lone surrogate at {error.start}, which UTF-8 cannot carry"
+    return InvalidFieldError(field, text, hint)
+
+
+def _checked_type(type: str) -> str:
+    if not isinstance(type, str):
+        raise InvalidFieldError("type", type, f"is a {type.__class__.__name__}; it must be a str")
+    if "\n" in type or "\r" in type:
+        raise InvalidFieldError("type", type, "has a line break, which would end the field")
+    return _checked_text("type", type)
+
+
+def _checked_id(id: str | int) -> str:
+    if isinstance(id, int) and not isinstance(id, bool):
+        return _decimal("id", id)
+    if not isinstance(id, str):
+        raise InvalidFieldError("id", id, f"is a {id.__class__.__name__}; it must be a str or int")
+    if "\n" in id or "\r" in id or "\0" in id:
+        raise InvalidFieldError("id", id, "has a line break or NUL; clients ignore such an id")
+    return _checked_text("id", id)
+
+
+def _check_retry(retry: int) -> None:
+    if not isinstance(retry, int) or isinstance(retry, bool) or retry < 0:
+        raise InvalidFieldError("retry", retry, "must be an int of milliseconds, at least 0")
+    _decimal("retry", retry)
+
+
+def _decimal(field: str, number: int) -> str:
+    try:
+        return int.__str__(number)
+    except ValueError as error:
+        hint = "has more digits than Python writes (see sys.set_int_max_str_digits)"
+        raise InvalidFieldError(field, "a huge int", hint) from error

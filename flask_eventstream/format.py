@@ -1,0 +1,83 @@
+"""How the items of a generator stream, its end and its failure become bytes.
+
+Two formats: the event stream with this package's own ``end`` and ``stream-error`` events, and the
+one that OpenAI's API speaks, whose clients know neither.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigurationError
+from .event import HEARTBEAT, ServerSentEvent, encode_data, to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FINISHED_ID = "end"
+"""The id of a stream's last event. A browser reconnects when a stream ends, and sends it back."""
+
+
+class StreamFormat:
+    """The event stream: items as ``message`` events, then ``end`` or ``stream-error``.
+
+    :param dumps: turns items that are not text into JSON.
+    :param max_bytes: the largest event allowed, in bytes.
+    """
+
+    def __init__(self, dumps: Callable[[Any], str], max_bytes: int) -> None:
+        self._dumps = dumps
+        self._max_bytes = max_bytes
+
+    def encode(self, item: Any) -> bytes:
+        """Return the wire of one item of a view.
+
+        :param item: a ``str`` is sent as it is, ``None`` is a heartbeat, a ``ServerSentEvent`` is
+            itself, and everything else is sent as JSON.
+        :raises InvalidFieldError: if it is ``bytes``, or nothing that JSON can express.
+        :raises TooLargeError: if the event is larger than allowed.
+        """
+        if item.__class__ is str:
+            return encode_data(item, self._max_bytes)
+        if item is None:
+            return HEARTBEAT
+        if isinstance(item, ServerSentEvent):
+            return item.encode(self._max_bytes)
+        text = item if isinstance(item, str) else to_json(item, self._dumps)
+        return ServerSentEvent(text).encode(self._max_bytes)
+
+    def end(self) -> bytes:
+        """Return the last event of a stream that is complete."""
+        return ServerSentEvent({}, "end", FINISHED_ID).encode()
+
+    def error(self, message: str) -> bytes:
+        """Return the last event of a stream that failed.
+
+        It has the id of the end too: running the view again without being asked is as wrong after
+        a failure as it is after success.
+        """
+        return ServerSentEvent({"message": message}, "stream-error", FINISHED_ID).encode()
+
+
+class OpenAIFormat(StreamFormat):
+    """What OpenAI's API sends: ``data: {...}``, then ``data: [DONE]`` or an ``error`` object."""
+
+    def end(self) -> bytes:
+        """Return the line that OpenAI's clients stop at."""
+        return encode_data("[DONE]")
+
+    def error(self, message: str) -> bytes:
+        """Return the error as the API has it in the middle of a stream."""
+        error = {"message": message, "type": "server_error", "param": None, "code": None}
+        return ServerSentEvent({"error": error}).encode()
+
+
+def stream_format(name: str, dumps: Callable[[Any], str], max_bytes: int) -> StreamFormat:
+    """Return the format with a name: ``"sse"`` or ``"openai"``.
+
+    :raises ConfigurationError: if there is no such format.
+    """
+    formats = {"sse": StreamFormat, "openai": OpenAIFormat}
+    if name not in formats:
+        raise ConfigurationError("format", name, "is unknown; use 'sse' or 'openai'")
+    return formats[name](dumps, max_bytes)

@@ -1,0 +1,140 @@
+"""The recent events of one channel, as the bytes that go over the wire.
+
+Three questions are answered here, each by a number: what came after a sequence number, since which
+number that answer is complete, and which number a publisher's own id stands for.
+
+Two spans are kept apart. *Replay* gives a client that returns what the configuration promises: the
+newest ``size`` events, no older than ``seconds``. The *tail* behind it holds a little more while
+somebody is connected, so that a burst larger than the history does not cut off subscribers whose
+thread or greenlet has not had its turn yet. It is shared by all of them and bounded in bytes and in
+seconds, so that one who stands still costs no more than that.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import dropwhile, islice
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_ENTRY_OVERHEAD = 256
+"""What an entry costs besides its wire, in bytes, roughly (measured on CPython 3.11)."""
+
+
+class Entry(NamedTuple):
+    """One published event.
+
+    ``seq`` is its place in the broker's sequence, ``time`` the broker's clock in seconds, ``id``
+    the publisher's own id, if any, and ``wire`` the whole event as bytes.
+    """
+
+    seq: int
+    time: float
+    id: str | None
+    wire: bytes
+
+
+class History:
+    """The last events of one channel. It has no lock: the broker's is held around every call.
+
+    :param size: the number of events that are replayed, at least 0.
+    :param seconds: the age up to which an event is replayed, in seconds.
+    :param tail_bytes: how much is kept beyond that for subscribers that are connected.
+    :param tail_seconds: and for how long, in seconds.
+    :param dropped: the highest sequence number that may have been dropped before.
+    """
+
+    __slots__ = (
+        "_bytes",
+        "_dropped",
+        "_entries",
+        "_seconds",
+        "_size",
+        "_tail_bytes",
+        "_tail_seconds",
+    )
+
+    def __init__(
+        self, size: int, seconds: float, tail_bytes: int, tail_seconds: float, dropped: int = 0
+    ) -> None:
+        self._size = size
+        self._seconds = seconds
+        self._tail_bytes = tail_bytes
+        self._tail_seconds = tail_seconds
+        self._dropped = dropped
+        self._bytes = 0
+        self._entries: deque[Entry] = deque()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def dropped(self) -> int:
+        """The highest sequence number that is gone for connected subscribers too."""
+        return self._dropped
+
+    def append(self, entry: Entry, keep_tail: bool) -> None:
+        """Add the newest event.
+
+        :param entry: the event; its ``seq`` is higher than that of every other.
+        :param keep_tail: whether somebody is connected who may still have to get older events.
+        """
+        self._entries.append(entry)
+        self._bytes += len(entry.wire) + _ENTRY_OVERHEAD
+        self.trim(entry.time, keep_tail)
+
+    def trim(self, now: float, keep_tail: bool) -> None:
+        """Drop what nobody can ask for any more at the time ``now`` (seconds)."""
+        while self._entries and not self._is_needed(self._entries[0], now, keep_tail):
+            entry = self._entries.popleft()
+            self._bytes -= len(entry.wire) + _ENTRY_OVERHEAD
+            self._dropped = entry.seq
+
+    def _is_needed(self, oldest: Entry, now: float, keep_tail: bool) -> bool:
+        if len(self._entries) <= self._size and now - oldest.time <= self._seconds:
+            return True
+        # The newest event stays, however large it is: nobody can have taken it yet.
+        is_small = self._bytes <= self._tail_bytes or len(self._entries) == 1
+        return keep_tail and is_small and now - oldest.time <= self._tail_seconds
+
+    def after(self, seq: int) -> list[Entry]:
+        """Return what is kept after a sequence number, in order.
+
+        It is complete if ``seq`` is at least :attr:`dropped`.
+        """
+        found: list[Entry] = []
+        for entry in reversed(self._entries):
+            if entry.seq <= seq:
+                break
+            found.append(entry)
+        found.reverse()
+        return found
+
+    def replayable(self, now: float) -> list[Entry]:
+        """Return what a client that returns at the time ``now`` (seconds) may still get."""
+        newest = islice(self._entries, max(0, len(self._entries) - self._size), None)
+        return list(dropwhile(lambda entry: now - entry.time > self._seconds, newest))
+
+    def complete_since(self, now: float) -> int:
+        """Return the lowest sequence number after which :meth:`replayable` lacks nothing."""
+        hidden = len(self._entries) - len(self.replayable(now))
+        return self._entries[hidden - 1].seq if hidden else self._dropped
+
+    def positions(self, id: str) -> list[int]:
+        """Return the sequence numbers of the events that were published with this id."""
+        return [entry.seq for entry in self._entries if entry.id == id]
+
+
+def in_order(histories: Iterable[list[Entry]]) -> list[Entry]:
+    """Join the entries of several channels into one sequence, each event once."""
+    first, *others = histories
+    if not others:
+        return first
+    return sorted({entry.seq: entry for kept in (first, *others) for entry in kept}.values())
+
+
+def joined(entries: Iterable[Entry]) -> bytes:
+    """Return the bytes of some entries as they go over the wire."""
+    return b"".join([entry.wire for entry in entries])

@@ -1,0 +1,299 @@
+"""The HTTP response that carries an event stream, and the road that its bytes take.
+
+Two kinds of body stand behind it. A generator sends what a view produces to the one
+client that asked. :class:`SubscriptionBody` sends what a subscription has to get: here each one
+waits in the thread or greenlet that serves it. Nothing outside this file knows of that.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, cast
+
+from flask import (
+    Response,
+    copy_current_request_context,
+    current_app,
+    g,
+    got_request_exception,
+    has_request_context,
+    request,
+    stream_with_context,
+)
+from flask.json.provider import DefaultJSONProvider
+
+from .event import HEARTBEAT, MAX_EVENT_BYTES
+from .format import FINISHED_ID, StreamFormat, stream_format
+from .producer import END, NOTHING, Producers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator
+
+    from .broker import Subscription
+
+HEADERS = {
+    # no-transform: a proxy that compresses would hold events back until its buffer is full.
+    "Cache-Control": "no-cache, no-transform",
+    # nginx holds a whole response back unless told not to.
+    "X-Accel-Buffering": "no",
+}
+
+ON_SUBSCRIBED_KEY = "eventstream.on_subscribed"
+"""Where a WSGI environment may have a function that takes the body of a subscriber's response.
+
+A test client has one: it must end a body that waits on another thread.
+"""
+
+_PROBE_SECONDS = 1.0
+
+
+class EventStreamResponse(Response):
+    """A response that sends what an iterable yields as an event stream.
+
+    :param stream: an iterable, a generator as a rule. It runs up to its first item before this
+        returns, so that ``abort(404)`` before the first ``yield`` is a normal answer, and then in
+        the request's context. Its items: a ``str`` is sent as it is, ``None`` is a heartbeat, a
+        :class:`ServerSentEvent` is itself, all else is sent as JSON by the app's provider.
+    :param status: the HTTP status; 200 by default.
+    :param headers: more headers. ``Cache-Control`` and ``X-Accel-Buffering`` are set unless given.
+    :param heartbeat: with a number of seconds, the iterable runs on a thread or greenlet of its own
+        with a copy of the request's context; whenever it is silent for that long, a comment is
+        sent, which also finds out whether the client has left. ``None`` by default.
+    :param format: ``"sse"``, or ``"openai"`` for clients of OpenAI's API.
+    :raises ConfigurationError: if there is no such format.
+
+    A stream that ends sends a last event, ``end``, with the id ``end``. A browser's ``EventSource``
+    reconnects then and sends that id; it gets 204, which tells it to stop (WHATWG HTML, section
+    9.2.3). The iterable is not started for it, nor for HEAD.
+    """
+
+    default_mimetype = "text/event-stream"
+    # What asks for the whole body of an endless stream gets an error and not a hung worker.
+    implicit_sequence_conversion = False
+
+    def __init__(
+        self,
+        stream: Iterable[Any],
+        status: int | str | None = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        heartbeat: float | None = None,
+        format: str = "sse",
+    ) -> None:
+        # No sequence, or werkzeug would say that the stream has no content.
+        body: Iterable[bytes] = iter(())
+        to_close: Iterable[Any] = stream
+        if isinstance(stream, SubscriptionBody):
+            body = stream
+            request.environ.get(ON_SUBSCRIBED_KEY, _ignore)(stream)
+        elif cursor() == FINISHED_ID:
+            status = 204
+        elif request.method != "HEAD":
+            encoder = stream_format(format, json_dumps(), _max_event_bytes())
+            to_close = items = _started(stream, encoder, heartbeat)
+            body = chain((next(items),), items)
+        super().__init__(body, status, headers)
+        for name, value in HEADERS.items():
+            self.headers.setdefault(name, value)
+        if self.status_code == 204:
+            del self.headers["Content-Type"]
+        # The body would be closed only by a server that has begun to iterate it.
+        self.call_on_close(partial(_close, to_close))
+
+
+class SubscriptionBody:
+    """The body of a subscriber's response: waits for events in the thread that serves it.
+
+    It holds no context of a request or app, which would pin what such contexts hold (a database
+    connection) for as long as the client stays.
+
+    :param subscription: what the client has to get.
+    :param start: the first bytes, sent at once.
+    :param heartbeat: the longest silence, in seconds.
+    :param max_lifetime: after how many seconds it ends, jittered by 20 %; ``None`` for never.
+    :param on_close: called once with this body, when the subscription is off the books.
+    """
+
+    def __init__(
+        self,
+        subscription: Subscription,
+        start: bytes,
+        heartbeat: float,
+        max_lifetime: float | None,
+        on_close: Callable[[SubscriptionBody], None],
+    ) -> None:
+        self._subscription = subscription
+        self._start = start
+        # The first write to a client that has left succeeds, and only makes its machine answer
+        # with a reset; the second one fails. So heartbeats come in pairs, of which the second ends
+        # the interval.
+        self._probe = min(_PROBE_SECONDS, heartbeat / 2)
+        self._pauses = (heartbeat - self._probe, self._probe)
+        self._beats = 0
+        lifetime = float("inf") if max_lifetime is None else jittered(max_lifetime)
+        self._end = time.monotonic() + lifetime
+        self._on_close: Callable[[SubscriptionBody], None] | None = on_close
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._start:
+            start, self._start = self._start, b""
+            return start
+        pause = min(self._pauses[self._beats % 2], self._end - time.monotonic())
+        events = None if pause <= 0 else self._subscription.take(pause)
+        if events is None:
+            self.close()
+            raise StopIteration
+        self._beats = 0 if events else self._beats + 1
+        return events or HEARTBEAT
+
+    def close(self) -> None:
+        """End the subscription; from any thread, more than once."""
+        self._subscription.close()
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close(self)
+
+
+def merge(*sources: Iterable[Any]) -> Iterator[Any]:
+    """Yield the items of several iterables in the order in which they come.
+
+    Each source runs on a thread or greenlet of its own with a copy of the request's context. One
+    that is 16 items ahead of the client waits. What a source raises is raised here, and the others
+    are closed at their next item, as they are when the client leaves.
+
+    :param sources: the iterables; an endless one is fine.
+    """
+    producers = Producers(sources, carry_context)
+    try:
+        while (item := producers.get()) is not END:
+            yield item
+    finally:
+        producers.close()
+
+
+def cursor() -> str | None:
+    """Return the id of the last event that the client of the current request has seen.
+
+    From the header ``Last-Event-ID``, else from the query: ``lastEventId`` (polyfills) or
+    ``last_event_id`` (htmx), for clients that cannot set the header.
+    """
+    header = request.headers.get("Last-Event-ID")
+    if not header:
+        return request.args.get("lastEventId") or request.args.get("last_event_id") or None
+    try:
+        # Browsers send UTF-8 (WHATWG HTML, section 9.2.3), and WSGI hands it over as if it were
+        # latin-1 (PEP 3333).
+        return header.encode("latin-1").decode("utf-8", "replace")
+    except UnicodeEncodeError:
+        # A test client that bypasses WSGI's encoding: it is text already.
+        return header
+
+
+def json_dumps() -> Callable[[Any], str]:
+    """Return the JSON encoder of the current app, without NaN, which browsers cannot parse."""
+    provider = current_app.json
+    if isinstance(provider, DefaultJSONProvider):
+        return partial(provider.dumps, allow_nan=False)
+    return provider.dumps
+
+
+def jittered(value: float) -> float:
+    """Return a value within 20 % of the given one, so that many clients do not act at once."""
+    return value * random.uniform(0.8, 1.2)
+
+
+def carry_context(function: Callable[[], None]) -> Callable[[], None]:
+    """Wrap a function to run in a copy of the current request's context, with what ``g`` has."""
+    if not has_request_context():
+        return function
+    values = {name: g.get(name) for name in g}
+
+    @copy_current_request_context
+    def run() -> None:
+        for name, value in values.items():
+            setattr(g, name, value)
+        function()
+
+    return run
+
+
+def _max_event_bytes() -> int:
+    state = current_app.extensions.get("eventstream")
+    return state.config.max_event_bytes if state else MAX_EVENT_BYTES
+
+
+def _ignore(body: SubscriptionBody) -> None:
+    pass
+
+
+def _close(stream: Iterable[Any]) -> None:
+    close = getattr(stream, "close", None)
+    if close is not None:
+        close()
+
+
+def _started(
+    stream: Iterable[Any], encoder: StreamFormat, heartbeat: float | None
+) -> Generator[bytes, None, None]:
+    if isinstance(stream, (str, bytes, Mapping)):
+        what = stream.__class__.__name__
+        raise TypeError(f"the stream is a {what}; give an iterable of items, such as a generator")
+    items = _encoded(stream, encoder)
+    if heartbeat is not None:
+        return _with_heartbeats(items, encoder, heartbeat)
+    return cast("Generator[bytes, None, None]", stream_with_context(items))
+
+
+def _encoded(stream: Iterable[Any], encoder: StreamFormat) -> Generator[bytes, None, None]:
+    encode = encoder.encode
+    has_started = False
+    try:
+        for item in stream:
+            wire = encode(item)
+            has_started = True
+            yield wire
+        yield encoder.end()
+    except Exception as error:
+        if not has_started:
+            raise
+        yield encoder.error(_report(error))
+    finally:
+        _close(stream)
+
+
+def _with_heartbeats(
+    items: Iterator[bytes], encoder: StreamFormat, heartbeat: float
+) -> Generator[bytes, None, None]:
+    report = copy_current_request_context(_report)
+    producers = Producers([items], carry_context)
+    has_started = False
+    try:
+        while (wire := producers.get(heartbeat)) is not END:
+            yield HEARTBEAT if wire is NOTHING else wire
+            has_started = True
+    except Exception as error:
+        # Only what fails before the first item gets here, and the head may have left by then.
+        if not has_started:
+            raise
+        yield encoder.error(report(error))
+    finally:
+        producers.close()
+
+
+def _report(error: Exception) -> str:
+    """Log what a view raised in mid-stream, and return what its client may know of it."""
+    app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy's own method
+    app.log_exception(sys.exc_info())
+    got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=error)
+    if app.debug:
+        return "".join(traceback.format_exception(error))
+    return "The stream failed on the server."
