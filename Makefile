@@ -1,0 +1,45 @@
+# Every target does its own set-up, in a virtual environment of the project.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+.PHONY: example test lint docs bench clean
+
+example: $(VENV)/.example
+	@echo "Open http://$(HOST):$(PORT)/ in two tabs. Ctrl-C ends it."
+	$(BIN)/gunicorn -k gevent -b $(HOST):$(PORT) "example_app:create_app()"
+
+test: $(VENV)/.test
+	sh tests/install_system_parts.sh
+	$(MAKE) lint
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.test
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/parse.py
+	$(BIN)/python benchmarks/generator.py
+
+clean:
+	rm -rf $(VENV) build dist docs/_build *.egg-info
+
+# Debian keeps ensurepip in a package of its own, without which venv fails.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); sh tests/install_system_parts.sh venv; $(PYTHON) -m venv $(VENV); }
+
+$(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	touch $@

@@ -1,0 +1,42 @@
+#!/bin/sh
+# Installs what the tests need from the system, where that is possible: Debian's packages, as root
+# or with sudo. Elsewhere the tests that need them are skipped by name; with CI=true they fail.
+# "venv" as an argument installs what Python's venv needs instead.
+set -u
+
+missing() {
+    if [ "${1:-}" = venv ]; then
+        echo python3-venv
+        return
+    fi
+    command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
+    command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || echo nginx-light
+    command -v node >/dev/null || echo nodejs
+    command -v npm >/dev/null || echo npm
+}
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+
+install_packages() {
+    packages=$(missing "$@" | tr '\n' ' ')
+    [ -n "$packages" ] || return 0
+    command -v apt-get >/dev/null || { echo "Not installed, no apt-get: $packages"; return 0; }
+    echo "Installing $packages"
+    as_root apt-get update -qq
+    # shellcheck disable=SC2086  # a list of names
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $packages \
+        >/dev/null || echo "Could not install $packages; tests that need them are skipped."
+}
+
+install_clients() {
+    [ "${1:-}" != venv ] && command -v npm >/dev/null || return 0
+    clients=$(dirname "$0")/clients
+    [ "$clients/node_modules/.package-lock.json" -nt "$clients/package.json" ] && return 0
+    npm install --prefix "$clients" --no-package-lock --no-audit --no-fund --loglevel=error \
+        || echo "Could not install the npm clients; tests that need them are skipped."
+}
+
+install_packages "$@"
+install_clients "$@"
