@@ -1,0 +1,126 @@
+"""Real servers on free ports of loopback, each started and stopped by the test that needs it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    T = TypeVar("T")
+
+ROOT = Path(__file__).parent.parent
+DEADLINE = 20.0
+
+
+def wait_for(condition: Callable[[], T], timeout: float = DEADLINE, what: str = "") -> T:
+    """Return the first true value of a condition; fail if there is none in time (seconds)."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {timeout} s: {what or condition}, the last value was {value!r}")
+        time.sleep(0.01)
+    return value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def system_part(*names: str) -> str:
+    """Return the path of a program that the system has to bring; without it, skip the test."""
+    for name in names:
+        found = shutil.which(name) or shutil.which(f"/usr/sbin/{name}")
+        if found:
+            return found
+    return skip_unless_ci(f"needs {' or '.join(names)}, which 'make test' installs where it can")
+
+
+def skip_unless_ci(reason: str) -> str:
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+class Server:
+    """A process that listens on a port."""
+
+    def __init__(self, command: list[str], port: int, environ: dict[str, str] | None = None):
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self._command = command
+        self._environ = {**os.environ, **(environ or {})}
+        self._log = tempfile.TemporaryFile()
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self._command, cwd=ROOT, env=self._environ, stdout=self._log, stderr=self._log
+        )
+        wait_for(self._listens, what=f"{self._command[0]} to listen on {self.port}")
+
+    def _listens(self) -> bool:
+        if self.process.poll() is not None:
+            pytest.fail(f"{self._command} ended: {self.log()}")
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def log(self) -> str:
+        # Read through a descriptor of its own: the process writes at the shared one's offset.
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")
+
+    def stop(self, timeout: float = DEADLINE) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def close(self) -> None:
+        self.stop()
+        self._log.close()
+
+
+@contextmanager
+def running(
+    command: list[str], port: int, environ: dict[str, str] | None = None
+) -> Iterator[Server]:
+    server = Server(command, port, environ)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def gunicorn(app: str, worker_class: str, *options: str, port: int = 0) -> list[str]:
+    """Return the command that serves an app (``"module:callable"``) with one worker."""
+    return [
+        sys.executable, "-m", "gunicorn", "-k", worker_class, "-b", f"127.0.0.1:{port}",
+        "--graceful-timeout", "1", "--log-level", "warning", *options, app,
+    ]  # fmt: skip
+
+
+@contextmanager
+def serving(
+    app: str, worker_class: str, *options: str, environ: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """Serve an app with gunicorn and one of its worker classes, as long as the block runs."""
+    port = free_port()
+    with running(gunicorn(app, worker_class, *options, port=port), port, environ) as server:
+        yield server
