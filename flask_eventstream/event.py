@@ -78,7 +78,7 @@ class ServerSentEvent(_Fields):
         if id is not None:
             id = _checked_id(id)
         if retry is not None:
-            _check_retry(retry)
+            retry = _checked_retry(retry)
         return tuple.__new__(cls, (data, _checked_type(type) if type else "message", id, retry))
 
     @classmethod
@@ -242,10 +242,11 @@ def _checked_id(id: str | int) -> str:
     return _checked_text("id", id)
 
 
-def _check_retry(retry: int) -> None:
+def _checked_retry(retry: int) -> int:
     if not isinstance(retry, int) or isinstance(retry, bool) or retry < 0:
         raise InvalidFieldError("retry", retry, "must be an int of milliseconds, at least 0")
     _decimal("retry", retry)
+    return int.__index__(retry)
 
 
 def _decimal(field: str, number: int) -> str:
