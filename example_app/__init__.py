@@ -1,0 +1,61 @@
+"""The example application: a page for each way of streaming to a browser.
+
+Run it with ``gunicorn -k gevent "example_app:create_app()"``, or with
+``gunicorn -k gthread --threads 32 "example_app:create_app()"``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flask import Flask
+from werkzeug.exceptions import HTTPException
+
+from flask_eventstream import eventstream
+
+from .pages import pages
+from .streams import examples, messages
+
+if TYPE_CHECKING:
+    from flask import Response
+    from werkzeug.wrappers import Response as AnyResponse
+
+PACE = {
+    "TOKEN_SECONDS": 0.03,
+    "CLOCK_SECONDS": 1.0,
+    "DATA_SECONDS": 1.0,
+    "HEARTBEAT_SECONDS": 5.0,
+    "NUMBER_SECONDS": 0.05,
+}
+"""The pauses of the streams, in seconds; tests make them shorter."""
+
+
+def create_app(config: dict[str, Any] | None = None) -> Flask:
+    """Return a new app, so that each test can have one of its own with its own pace.
+
+    :param config: what to change of :data:`PACE`, of Flask's configuration and of this
+        extension's.
+    """
+    app = Flask(__name__)
+    app.config.from_mapping(PACE)
+    app.config.from_mapping(config or {})
+    app.register_blueprint(eventstream, url_prefix="/stream")
+    app.register_blueprint(examples)
+    app.register_blueprint(messages)
+    app.register_blueprint(pages)
+    app.register_error_handler(HTTPException, _in_words)
+    app.after_request(_keep_to_own_origin)
+    return app
+
+
+def _in_words(error: HTTPException) -> AnyResponse:
+    # The pages show what the server says, and plain text needs no unwrapping.
+    response = error.get_response()
+    response.data = error.description or error.name
+    response.content_type = "text/plain; charset=utf-8"
+    return response
+
+
+def _keep_to_own_origin(response: Response) -> Response:
+    response.headers["Content-Security-Policy"] = "default-src 'self'"
+    return response

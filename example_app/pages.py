@@ -1,0 +1,107 @@
+"""The pages: each runs one example, and shows the source of both of its sides."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from flask import Blueprint, render_template
+
+from flask_eventstream import eventstream
+
+from . import streams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pages = Blueprint("pages", __name__)
+
+_MODULES = Path(__file__).parent / "static" / "js"
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the index and every page's navigation say of one page."""
+
+    name: str
+    title: str
+    summary: str
+
+
+EXAMPLES = (
+    Example(
+        "typewriter",
+        "Typewriter",
+        "An answer appears token by token. Stop closes the server's generator at once.",
+    ),
+    Example(
+        "clock",
+        "Clock",
+        "A custom event each second, with an id and a reconnection time. Connect and disconnect.",
+    ),
+    Example(
+        "interval",
+        "Interval and heartbeat",
+        "Two generators, each with a pace of its own, merged into one stream.",
+    ),
+    Example(
+        "broadcast",
+        "Broadcast",
+        "A message reaches every open tab. A tab that was offline gets what it missed.",
+    ),
+    Example(
+        "numbers",
+        "Numbers",
+        "A plain generator of numbers, read with fetch while it counts.",
+    ),
+)
+
+
+@pages.get("/")
+def index() -> str:
+    return render_template("index.html", examples=EXAMPLES)
+
+
+@pages.get("/typewriter")
+def typewriter() -> str:
+    functions = [streams.typewriter, streams.typewriter_report]
+    return _page("typewriter", functions, conversation=uuid4())
+
+
+@pages.get("/clock")
+def clock() -> str:
+    return _page("clock", [streams.clock])
+
+
+@pages.get("/interval")
+def ticks() -> str:
+    return _page("interval", [streams.ticks])
+
+
+@pages.get("/broadcast")
+def broadcast() -> str:
+    # The page connects from this moment on, however long it takes to load.
+    cursor = eventstream.last_event_id()
+    return _page("broadcast", [streams.send_message, broadcast], cursor=cursor)
+
+
+@pages.get("/numbers")
+def numbers() -> str:
+    return _page("numbers", [streams.numbers])
+
+
+def _page(name: str, functions: list[Callable[..., Any]], **values: Any) -> str:
+    example = next(example for example in EXAMPLES if example.name == name)
+    return render_template(
+        f"{name}.html",
+        example=example,
+        examples=EXAMPLES,
+        # From what really runs, so that the page never lies.
+        server_source="\n\n".join(inspect.getsource(function) for function in functions),
+        client_source=(_MODULES / f"{name}.js").read_text("utf-8"),
+        parser_source=(_MODULES / "read-events.js").read_text("utf-8"),
+        **values,
+    )

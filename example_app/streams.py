@@ -1,0 +1,114 @@
+"""The streams: generator views, and what is published to every tab.
+
+The pages show the source of these functions beside what they do.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from flask import Blueprint, abort, current_app, request
+
+from flask_eventstream import (
+    EventStream,
+    EventStreamResponse,
+    ServerSentEvent,
+    eventstream,
+    interval,
+    merge,
+)
+
+from .model import answer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from uuid import UUID
+
+MAX_CHARACTERS = 500
+MAX_NUMBERS = 10_000
+
+examples = EventStream("examples", __name__, url_prefix="/examples")
+messages = Blueprint("messages", __name__)
+
+
+@examples.stream("/typewriter/<uuid:conversation>")
+def typewriter(conversation: UUID) -> Iterator[str]:
+    channel = f"typewriter:{conversation}"
+    tokens, outcome = 0, "closed"
+    prompt = field("prompt")  # what fails before the first item is a normal answer, such as 400
+    eventstream.publish({"prompt": prompt}, type="started", channel=channel)
+    try:
+        for token in answer(prompt):
+            tokens += 1
+            yield token
+            time.sleep(current_app.config["TOKEN_SECONDS"])
+        outcome = "finished"
+    finally:
+        # Reached at the end, and by GeneratorExit as soon as the client has left.
+        report = {"tokens": tokens, "outcome": outcome}
+        eventstream.publish(report, type="ended", channel=channel)
+
+
+@examples.get("/typewriter/<uuid:conversation>/report")
+def typewriter_report(conversation: UUID) -> EventStreamResponse:
+    # The view is the authorization: who knows the random id may read what happens to it.
+    return eventstream.subscribe(f"typewriter:{conversation}")
+
+
+@examples.stream("/clock")
+def clock() -> Iterator[ServerSentEvent]:
+    # A browser that lost the connection comes back with the last id, and counting goes on.
+    seen = request.headers.get("Last-Event-ID", 0, type=int)
+    for number in count(seen + 1):
+        now = {"milliseconds": round(time.time() * 1000)}
+        yield ServerSentEvent(now, type="customEvent", id=number, retry=2000)
+        time.sleep(current_app.config["CLOCK_SECONDS"])
+
+
+@examples.stream("/interval")
+def ticks() -> Iterator[ServerSentEvent]:
+    def each(seconds: float, type: str) -> Iterator[ServerSentEvent]:
+        for number in interval(seconds):
+            yield ServerSentEvent({"number": number}, type=type)
+
+    pace = current_app.config
+    return merge(
+        each(pace["DATA_SECONDS"], "data"),
+        each(pace["HEARTBEAT_SECONDS"], "heartbeat"),
+    )
+
+
+@examples.stream("/numbers")
+def numbers() -> Iterator[int]:
+    first = request.args.get("first", 1, type=int)
+    last = request.args.get("last", 10, type=int)
+    if not 0 <= last - first < MAX_NUMBERS:
+        abort(400, f"Count upwards, please, and at most {MAX_NUMBERS:,} numbers.")
+    for number in range(first, last + 1):
+        yield number
+        time.sleep(current_app.config["NUMBER_SECONDS"])
+
+
+@messages.route("/send_message", methods=["GET", "POST"])
+def send_message() -> dict[str, str]:
+    message = {"message": field("message"), "at": time.time()}
+    return {"id": eventstream.publish(message)}
+
+
+@messages.get("/now")
+def now() -> dict[str, float]:
+    return {"now": time.time()}
+
+
+def field(name: str) -> str:
+    """Return what the client sent under a name as JSON, in a form or in the query."""
+    sent: Any = request.get_json(silent=True)
+    value = (sent if isinstance(sent, dict) else request.values).get(name)
+    if not isinstance(value, str) or not value.strip():
+        abort(400, f"The {name} is empty.")
+    if len(value) > MAX_CHARACTERS:
+        abort(400, f"The {name} is longer than {MAX_CHARACTERS} characters.")
+    # JSON can carry half a character ("\ud83d"), which UTF-8 cannot.
+    return value.encode(errors="replace").decode()
