@@ -83,9 +83,10 @@ def ticks() -> str:
 
 @pages.get("/broadcast")
 def broadcast() -> str:
-    # The page connects from this moment on, however long it takes to load.
+    """Let the page connect from now on, however long it takes to load."""
+    functions = [streams.send_message, streams.now, broadcast]
     cursor = eventstream.last_event_id()
-    return _page("broadcast", [streams.send_message, broadcast], cursor=cursor)
+    return _page("broadcast", functions, cursor=cursor)
 
 
 @pages.get("/numbers")

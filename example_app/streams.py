@@ -35,10 +35,11 @@ messages = Blueprint("messages", __name__)
 
 @examples.stream("/typewriter/<uuid:conversation>")
 def typewriter(conversation: UUID) -> Iterator[str]:
+    """Answer a prompt, and tell the page what becomes of this generator."""
     channel = f"typewriter:{conversation}"
+    prompt = field("prompt")  # a 400 from here is a normal answer
     tokens, outcome = 0, "closed"
-    prompt = field("prompt")  # what fails before the first item is a normal answer, such as 400
-    eventstream.publish({"prompt": prompt}, type="started", channel=channel)
+    eventstream.publish("", type="started", channel=channel)
     try:
         for token in answer(prompt):
             tokens += 1
@@ -46,32 +47,34 @@ def typewriter(conversation: UUID) -> Iterator[str]:
             time.sleep(current_app.config["TOKEN_SECONDS"])
         outcome = "finished"
     finally:
-        # Reached at the end, and by GeneratorExit as soon as the client has left.
+        # At the end, and as soon as the client has left (GeneratorExit).
         report = {"tokens": tokens, "outcome": outcome}
         eventstream.publish(report, type="ended", channel=channel)
 
 
 @examples.get("/typewriter/<uuid:conversation>/report")
 def typewriter_report(conversation: UUID) -> EventStreamResponse:
-    # The view is the authorization: who knows the random id may read what happens to it.
+    """Let who knows the random id read: the view is the authorization."""
     return eventstream.subscribe(f"typewriter:{conversation}")
 
 
 @examples.stream("/clock")
 def clock() -> Iterator[ServerSentEvent]:
-    # A browser that lost the connection comes back with the last id, and counting goes on.
+    """Tell the time; a browser that lost its connection counts on."""
     seen = request.headers.get("Last-Event-ID", 0, type=int)
     for number in count(seen + 1):
         now = {"milliseconds": round(time.time() * 1000)}
-        yield ServerSentEvent(now, type="customEvent", id=number, retry=2000)
+        yield ServerSentEvent(now, "customEvent", id=number, retry=2000)
         time.sleep(current_app.config["CLOCK_SECONDS"])
 
 
 @examples.stream("/interval")
 def ticks() -> Iterator[ServerSentEvent]:
+    """Merge two generators, of which neither waits for the other."""
+
     def each(seconds: float, type: str) -> Iterator[ServerSentEvent]:
         for number in interval(seconds):
-            yield ServerSentEvent({"number": number}, type=type)
+            yield ServerSentEvent({"number": number}, type)
 
     pace = current_app.config
     return merge(
@@ -82,10 +85,11 @@ def ticks() -> Iterator[ServerSentEvent]:
 
 @examples.stream("/numbers")
 def numbers() -> Iterator[int]:
+    """Count; what is not text is sent as JSON."""
     first = request.args.get("first", 1, type=int)
     last = request.args.get("last", 10, type=int)
     if not 0 <= last - first < MAX_NUMBERS:
-        abort(400, f"Count upwards, please, and at most {MAX_NUMBERS:,} numbers.")
+        abort(400, f"Count upwards, at most {MAX_NUMBERS:,} numbers.")
     for number in range(first, last + 1):
         yield number
         time.sleep(current_app.config["NUMBER_SECONDS"])
@@ -93,12 +97,14 @@ def numbers() -> Iterator[int]:
 
 @messages.route("/send_message", methods=["GET", "POST"])
 def send_message() -> dict[str, str]:
+    """Publish; GET too, so that the address bar is enough."""
     message = {"message": field("message"), "at": time.time()}
     return {"id": eventstream.publish(message)}
 
 
 @messages.get("/now")
 def now() -> dict[str, float]:
+    """Tell a tab that goes online what is older than that."""
     return {"now": time.time()}
 
 

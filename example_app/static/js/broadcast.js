@@ -1,28 +1,32 @@
 const $ = (id) => document.getElementById(id);
-let lastEventId = $("demo").dataset.cursor; // of the moment at which the page was made
+let lastEventId = $("demo").dataset.cursor; // of the page's making
 let cameOnline = 0; // by the server's clock
 let source;
 
 function connect() {
-  source = new EventSource(`/stream?lastEventId=${encodeURIComponent(lastEventId)}`);
+  source = new EventSource(`/stream?${new URLSearchParams({ lastEventId })}`);
   source.onopen = source.onerror = showState;
   source.onmessage = (event) => {
     const { message, at } = JSON.parse(event.data);
-    const isMissed = at < cameOnline;
-    add(message, event, isMissed ? "missed while offline" : "", isMissed ? "missed" : "");
+    if (at < cameOnline) add(message, event, "missed while offline", "missed");
+    else add(message, event);
   };
   source.addEventListener("reset", (event) => {
     const { requested } = JSON.parse(event.data);
-    const text = `Something is gone: the server no longer knows what came after ${requested}.`;
-    add(text, event, "What it still has follows.", "reset");
+    const text = `Something is gone: what came after ${requested}.`;
+    add(text, event, "What the server still has follows.", "reset");
   });
   showState();
 }
 
 async function goOnline() {
-  const response = await fetch("/now");
-  cameOnline = (await response.json()).now;
-  connect();
+  $("online").disabled = true;
+  try {
+    const response = await fetch("/now");
+    cameOnline = (await response.json()).now;
+  } finally {
+    connect(); // Should the server be away, it tries again and again.
+  }
 }
 
 function goOffline() {
@@ -31,17 +35,19 @@ function goOffline() {
 }
 
 async function send(form) {
-  const response = await fetch("/send_message", { method: "POST", body: new FormData(form) });
+  const request = { method: "POST", body: new FormData(form) };
+  const response = await fetch("/send_message", request);
   $("problem").textContent = response.ok ? "" : await response.text();
   if (response.ok) form.reset();
 }
 
-function add(text, event, note, kind) {
+function add(text, event, note = "", kind = "") {
   const row = document.createElement("li");
   row.className = kind;
   row.append(text, document.createElement("small"));
   row.lastChild.textContent = note;
-  $("messages").prepend(row);
+  $("messages").append(row);
+  $("messages").scrollTop = $("messages").scrollHeight;
   $("last-event-id").textContent = lastEventId = event.lastEventId;
 }
 

@@ -6,8 +6,8 @@ function connect() {
   source = new EventSource("/examples/clock");
   source.onopen = source.onerror = showState;
   source.addEventListener("customEvent", (event) => {
-    const { milliseconds } = JSON.parse(event.data);
-    $("time").textContent = new Date(milliseconds).toLocaleTimeString();
+    const time = new Date(JSON.parse(event.data).milliseconds);
+    $("time").textContent = time.toLocaleTimeString();
     $("id").textContent = event.lastEventId;
   });
   showState();

@@ -13,9 +13,10 @@ for (const type of ["data", "heartbeat"]) {
 function log(type, number) {
   const row = document.createElement("li");
   row.className = type;
-  row.textContent = `${new Date().toLocaleTimeString()}  ${type} ${number}`;
+  const time = new Date().toLocaleTimeString();
+  row.textContent = `${time}  ${type} ${number}`;
   $("log").prepend(row);
-  while ($("log").children.length > SHOWN) $("log").lastChild.remove();
+  if ($("log").children.length > SHOWN) $("log").lastChild.remove();
 }
 
 source.onopen = source.onerror = () => {

@@ -5,10 +5,11 @@ let controller;
 
 async function count(query) {
   controller = new AbortController();
+  const { signal } = controller;
   $("numbers").replaceChildren();
   show("counting");
   try {
-    const response = await fetch(`/examples/numbers?${query}`, { signal: controller.signal });
+    const response = await fetch(`/examples/numbers?${query}`, { signal });
     if (!response.ok) throw new Error(await response.text());
     for await (const { type, data } of readEvents(response.body)) {
       if (type === "message") add(data);
@@ -16,7 +17,8 @@ async function count(query) {
     }
     throw new Error("The stream broke off.");
   } catch (error) {
-    controller.signal.aborted ? show("stopped") : show("failed", error.message);
+    if (signal.aborted) show("stopped");
+    else show("failed", error.message);
   }
 }
 

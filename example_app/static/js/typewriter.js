@@ -4,7 +4,7 @@ const $ = (id) => document.getElementById(id);
 const url = $("demo").dataset.url;
 let stop = () => {};
 
-// What the server's generator does is told on a channel of this page's own.
+// A channel of this page's own tells what the server's generator does.
 const report = new EventSource(`${url}/report`);
 let started = 0;
 report.addEventListener("open", () => show("ready"), { once: true });
@@ -38,7 +38,8 @@ async function askWithFetch() {
 }
 
 function askWithEventSource() {
-  const source = new EventSource(`${url}?${new URLSearchParams({ prompt: $("prompt").value })}`);
+  const query = new URLSearchParams({ prompt: $("prompt").value });
+  const source = new EventSource(`${url}?${query}`);
   let isComplete = false;
   begin(() => {
     source.close();
@@ -50,9 +51,10 @@ function askWithEventSource() {
     isComplete = true;
     show("complete");
   });
-  // After the end the browser connects once more, and a 204 tells it to stop. Nothing else does.
+  // After the end the browser connects once more; a 204 tells it to stop.
   source.onerror = () => {
-    if (source.readyState === EventSource.CLOSED) show(isComplete ? "finished" : "failed");
+    if (source.readyState !== EventSource.CLOSED) return;
+    show(isComplete ? "finished" : "failed");
   };
 }
 
@@ -63,12 +65,10 @@ function begin(stopIt) {
   show("writing");
 }
 
-function show(state, detail = "") {
+function show(state, problem = "") {
   const isBusy = state === "writing" || state === "complete";
   $("state").textContent = $("state").dataset.state = state;
-  $("detail").textContent = state === "complete"
-    ? "The answer is complete. EventSource now reconnects; a 204 will tell it to stop."
-    : state === "failed" ? detail || "The server refused." : "";
+  $("problem").textContent = state === "failed" ? problem || "Refused." : "";
   $("fetch").disabled = $("eventsource").disabled = isBusy;
   $("stop").disabled = !isBusy;
 }
