@@ -64,7 +64,7 @@ def clock() -> Iterator[ServerSentEvent]:
     seen = request.headers.get("Last-Event-ID", 0, type=int)
     for number in count(seen + 1):
         now = {"milliseconds": round(time.time() * 1000)}
-        yield ServerSentEvent(now, "customEvent", id=number, retry=2000)
+        yield ServerSentEvent(now, "customEvent", id=number, retry=1000)
         time.sleep(current_app.config["CLOCK_SECONDS"])
 
 

