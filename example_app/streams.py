@@ -35,7 +35,7 @@ messages = Blueprint("messages", __name__)
 
 @examples.stream("/typewriter/<uuid:conversation>")
 def typewriter(conversation: UUID) -> Iterator[str]:
-    """Answer a prompt, and tell the page what becomes of this generator."""
+    """Answer a prompt, and tell what becomes of this generator."""
     channel = f"typewriter:{conversation}"
     prompt = field("prompt")  # a 400 from here is a normal answer
     tokens, outcome = 0, "closed"

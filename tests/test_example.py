@@ -60,6 +60,7 @@ expect.set_options(timeout=10_000)
 def server() -> Iterator[Server]:
     with serving(APP, "gevent") as server:
         yield server
+        assert server.log() == ""
 
 
 @pytest.fixture(scope="module")
