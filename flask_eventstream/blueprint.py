@@ -35,6 +35,7 @@ class State:
 
     config: Config
     broker: Broker
+    max_subscribers: int | None
     streams: WeakSet[SubscriptionBody] = field(default_factory=WeakSet)
 
 
@@ -127,7 +128,7 @@ class EventStream(Blueprint):
             )
         if request.method == "HEAD":
             return EventStreamResponse(())
-        access.check_room(len(state.streams), state.config.max_subscribers)
+        access.check_room(len(state.streams), state.max_subscribers)
         subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
         body = _open_body(state, subscription, snapshot)
         subscriber_connected.send(_app(), channels=names, last_event_id=cursor())
@@ -203,7 +204,8 @@ class EventStream(Blueprint):
 def _install(setup: BlueprintSetupState) -> None:
     if "eventstream" not in setup.app.extensions:
         config = Config.read(setup.app.config)
-        setup.app.extensions["eventstream"] = State(config, _new_broker(config))
+        room = config.max_subscribers or access.default_max_subscribers()
+        setup.app.extensions["eventstream"] = State(config, _new_broker(config), room)
 
 
 def _new_broker(config: Config) -> Broker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,10 @@ def _whole(least: int) -> Callable[[Any], str | None]:
 
 def _seconds(value: Any) -> str | None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return None if is_number and value > 0 else "must be a number of seconds, more than 0"
+    # TIMEOUT_MAX is 292 years: what is more cannot be waited for, infinity included.
+    if is_number and 0 < value <= threading.TIMEOUT_MAX:
+        return None
+    return "must be a number of seconds, more than 0"
 
 
 def _url(value: Any) -> str | None:
@@ -90,6 +94,11 @@ class Config:
                 _check(key, value, _CHECKS[field.name])
             given[field.name] = value
         return cls(**given)
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Raise a :class:`ConfigurationError` unless a value is a number of seconds, more than 0."""
+    _check(name, value, _seconds)
 
 
 def _check(key: str, value: Any, check: Callable[[Any], str | None]) -> None:

@@ -13,7 +13,7 @@ seconds, so that one who stands still costs no more than that.
 from __future__ import annotations
 
 from collections import deque
-from itertools import dropwhile, islice
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -114,13 +114,17 @@ class History:
 
     def replayable(self, now: float) -> list[Entry]:
         """Return what a client that returns at the time ``now`` (seconds) may still get."""
-        newest = islice(self._entries, max(0, len(self._entries) - self._size), None)
-        return list(dropwhile(lambda entry: now - entry.time > self._seconds, newest))
+        return list(islice(self._entries, self._hidden(now), None))
 
     def complete_since(self, now: float) -> int:
         """Return the lowest sequence number after which :meth:`replayable` lacks nothing."""
-        hidden = len(self._entries) - len(self.replayable(now))
+        hidden = self._hidden(now)
         return self._entries[hidden - 1].seq if hidden else self._dropped
+
+    def _hidden(self, now: float) -> int:
+        too_many = max(0, len(self._entries) - self._size)
+        newest = islice(self._entries, too_many, None)
+        return too_many + sum(1 for _ in takewhile(lambda e: now - e.time > self._seconds, newest))
 
     def positions(self, id: str) -> list[int]:
         """Return the sequence numbers of the events that were published with this id."""

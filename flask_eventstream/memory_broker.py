@@ -157,20 +157,21 @@ class MemoryBroker(Broker):
     def _replay(
         self, channels: list[_Channel], cursor: str | None, history: int, now: float
     ) -> tuple[bytes, bool]:
-        kept = in_order(channel.history.replayable(now) for channel in channels)
+        kept = [channel.history for channel in channels]
         if not cursor:
-            return joined(kept[-history:] if history > 0 else []), False
-        seq = self._seq_of(cursor, channels)
-        complete_since = max(channel.history.complete_since(now) for channel in channels)
-        if seq is not None and complete_since <= seq <= self._seq:
-            return joined(entry for entry in kept if entry.seq > seq), True
-        return self._reset(cursor, kept) + joined(kept), False
+            newest = in_order(one.replayable(now) for one in kept)[-history:] if history > 0 else []
+            return joined(newest), False
+        seq = self._seq_of(cursor, kept)
+        if seq is not None and max(one.complete_since(now) for one in kept) <= seq <= self._seq:
+            return joined(in_order(one.after(seq) for one in kept)), True
+        left = in_order(one.replayable(now) for one in kept)
+        return self._reset(cursor, left) + joined(left), False
 
-    def _seq_of(self, cursor: str, channels: list[_Channel]) -> int | None:
+    def _seq_of(self, cursor: str, kept: list[History]) -> int | None:
         minted = self._seq_of_minted(cursor)
         if minted is not None:
             return minted
-        found = {seq for channel in channels for seq in channel.history.positions(cursor)}
+        found = {seq for history in kept for seq in history.positions(cursor)}
         # An id that was given to two events does not tell which of them the client saw last.
         return found.pop() if len(found) == 1 else None
 

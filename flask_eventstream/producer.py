@@ -13,7 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from . import concurrency
-from .errors import ConfigurationError
+from .config import check_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -148,10 +148,9 @@ def interval(seconds: float) -> Iterator[int]:
     A tick that comes late is not made up for: the next one is due a whole pause after it at most.
 
     :param seconds: the pause, in seconds, more than 0.
-    :raises ConfigurationError: if ``seconds`` is not more than 0.
+    :raises ConfigurationError: if ``seconds`` is no number that is more than 0.
     """
-    if not seconds > 0:
-        raise ConfigurationError("seconds", seconds, "must be more than 0")
+    check_seconds("seconds", seconds)
     return _ticks(seconds)
 
 

@@ -7,6 +7,7 @@ waits in the thread or greenlet that serves it. Nothing outside this file knows 
 
 from __future__ import annotations
 
+import contextvars
 import random
 import sys
 import time
@@ -28,6 +29,7 @@ from flask import (
 )
 from flask.json.provider import DefaultJSONProvider
 
+from .config import check_seconds
 from .event import HEARTBEAT, MAX_EVENT_BYTES
 from .format import FINISHED_ID, StreamFormat, stream_format
 from .producer import END, NOTHING, Producers
@@ -66,7 +68,8 @@ class EventStreamResponse(Response):
         with a copy of the request's context; whenever it is silent for that long, a comment is
         sent, which also finds out whether the client has left. ``None`` by default.
     :param format: ``"sse"``, or ``"openai"`` for clients of OpenAI's API.
-    :raises ConfigurationError: if there is no such format.
+    :raises ConfigurationError: if there is no such format, or ``heartbeat`` is not more than 0.
+    :raises TypeError: if ``stream`` is a text or a mapping, whose items are hardly meant.
 
     A stream that ends sends a last event, ``end``, with the id ``end``. A browser's ``EventSource``
     reconnects then and sends that id; it gets 204, which tells it to stop (WHATWG HTML, section
@@ -212,9 +215,13 @@ def jittered(value: float) -> float:
 
 
 def carry_context(function: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a function to run in a copy of the current request's context, with what ``g`` has."""
+    """Wrap a function to run on another thread as it would here.
+
+    It gets the context variables, a copy of the request's context, and what ``g`` has.
+    """
+    context = contextvars.copy_context()
     if not has_request_context():
-        return function
+        return partial(context.run, function)
     values = {name: g.get(name) for name in g}
 
     @copy_current_request_context
@@ -223,7 +230,7 @@ def carry_context(function: Callable[[], None]) -> Callable[[], None]:
             setattr(g, name, value)
         function()
 
-    return run
+    return partial(context.run, run)
 
 
 def _max_event_bytes() -> int:
@@ -249,6 +256,7 @@ def _started(
         raise TypeError(f"the stream is a {what}; give an iterable of items, such as a generator")
     items = _encoded(stream, encoder)
     if heartbeat is not None:
+        check_seconds("heartbeat", heartbeat)
         return _with_heartbeats(items, encoder, heartbeat)
     return cast("Generator[bytes, None, None]", stream_with_context(items))
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
+import time
 from collections import deque
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
@@ -92,8 +93,10 @@ class ClientStream:
         :raises TimeoutError: if there is none in time.
         :raises EOFError: if the stream has ended.
         """
+        timeout = self._timeout if timeout is None else timeout
+        deadline = time.monotonic() + timeout
         while not self._events:
-            chunk = self._received(self._timeout if timeout is None else timeout)
+            chunk = self._received(timeout, deadline)
             if chunk is _END:
                 self._chunks.put(_END)
                 raise EOFError(f"the stream {self._path} has ended")
@@ -132,9 +135,10 @@ class ClientStream:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _received(self, timeout: float) -> Any:
+    def _received(self, timeout: float, deadline: float | None = None) -> Any:
+        left = timeout if deadline is None else deadline - time.monotonic()
         try:
-            received = self._chunks.get(timeout=timeout)
+            received = self._chunks.get(timeout=max(0, left))
         except queue.Empty:
             raise TimeoutError(f"nothing came from {self._path} for {timeout} s") from None
         if isinstance(received, BaseException):

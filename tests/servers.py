@@ -30,7 +30,9 @@ def wait_for(condition: Callable[[], T], timeout: float = DEADLINE, what: str = 
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {timeout} s: {what or condition}, the last value was {value!r}")
+            pytest.fail(
+                f"not within {timeout} s: {what or condition}, the last value was {value!r}"
+            )
         time.sleep(0.01)
     return value
 
@@ -65,7 +67,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self._command = command
         self._environ = {**os.environ, **(environ or {})}
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # close() closes it
         self.start()
 
     def start(self) -> None:

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from flask import Flask
+
+from flask_eventstream import EventStream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from flask.testing import FlaskClient
+
+
+@pytest.fixture
+def eventstream() -> EventStream:
+    return EventStream("eventstream", __name__)
+
+
+@pytest.fixture
+def make_app(eventstream: EventStream) -> Callable[..., Flask]:
+    """Return what makes an app; to be called once the test has added its views."""
+
+    def make(**config: Any) -> Flask:
+        app = Flask(__name__)
+        app.config.update({f"EVENTSTREAM_{key}": value for key, value in config.items()})
+        app.register_blueprint(eventstream)
+        return app
+
+    return make
+
+
+@pytest.fixture
+def app(make_app: Callable[..., Flask]) -> Flask:
+    return make_app()
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import resource
+import sys
+
+import pytest
+from flask import Flask
+from werkzeug.exceptions import BadRequest, Forbidden, ServiceUnavailable
+
+from flask_eventstream import access
+
+
+@pytest.fixture
+def app() -> Flask:
+    return Flask(__name__)
+
+
+@pytest.mark.parametrize(
+    ("query", "channels"),
+    [
+        ("", ("sse",)),
+        ("?channel=a", ("a",)),
+        ("?channel=a&channel=b&channel=a", ("a", "b")),
+        ("?channel=room%3A1&other=x", ("room:1",)),
+        ("?channel=%E6%95%B0", ("数",)),
+    ],
+)
+def test_the_query_names_the_channels(app: Flask, query: str, channels: tuple[str, ...]) -> None:
+    with app.test_request_context(f"/{query}"):
+        assert access.requested_channels(3) == channels
+
+
+@pytest.mark.parametrize("query", ["?channel=", "?channel=%00", f"?channel={'x' * 256}"])
+def test_a_name_that_no_channel_can_have_is_400(app: Flask, query: str) -> None:
+    with app.test_request_context(f"/{query}"), pytest.raises(BadRequest, match="channel="):
+        access.requested_channels(3)
+
+
+def test_too_many_channels_are_400(app: Flask) -> None:
+    query = "&".join(f"channel={n}" for n in range(4))
+    with (
+        app.test_request_context(f"/?{query}"),
+        pytest.raises(BadRequest, match="4 channels were asked for; at most 3"),
+    ):
+        access.requested_channels(3)
+
+
+def test_only_the_default_channel_is_open_unless_the_app_says_otherwise() -> None:
+    access.check_may_read(("sse",), None)
+    with pytest.raises(Forbidden, match="'news' is not allowed"):
+        access.check_may_read(("sse", "news"), None)
+
+
+def test_the_app_decides_for_each_channel() -> None:
+    access.check_may_read(("a1", "a2"), lambda channel: channel.startswith("a"))
+    with pytest.raises(Forbidden, match="'b1'"):
+        access.check_may_read(("a1", "b1"), lambda channel: channel.startswith("a"))
+    with pytest.raises(Forbidden, match="'sse'"):
+        access.check_may_read(("sse",), lambda channel: False)
+
+
+def test_beyond_the_limit_there_is_no_room() -> None:
+    access.check_room(2, 3)
+    access.check_room(10**9, None)
+    with pytest.raises(ServiceUnavailable) as caught:
+        access.check_room(3, 3)
+    assert ("Retry-After", "5") in caught.value.get_headers()
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "room"),
+    [(1024, 922), (1_000_000, 900_000), (50, 1), (resource.RLIM_INFINITY, None)],
+)
+def test_the_descriptors_leave_room_for_ordinary_requests(
+    monkeypatch: pytest.MonkeyPatch, descriptors: int, room: int | None
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (descriptors, descriptors))
+    assert access.default_max_subscribers() == room
+
+
+def test_a_system_without_such_a_limit_has_room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert access.default_max_subscribers() is None

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import gevent
+import gevent.event
+import gevent.monkey
+import pytest
+
+from flask_eventstream import MemoryBroker, concurrency
+
+from .servers import ROOT, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def in_greenlet(function: Callable[[], object]) -> object:
+    return gevent.spawn(function).get(timeout=20)
+
+
+def test_a_thread_gets_what_the_standard_library_has() -> None:
+    assert isinstance(concurrency.new_event(), threading.Event)
+    ran_on: list[threading.Thread] = []
+    concurrency.spawn(lambda: ran_on.append(threading.current_thread()))
+    wait_for(lambda: ran_on)
+    assert ran_on[0] is not threading.current_thread()
+    assert ran_on[0].daemon
+
+
+def test_a_greenlet_gets_what_gevent_has_without_monkey_patching() -> None:
+    assert isinstance(in_greenlet(concurrency.new_event), gevent.event.Event)
+    ran_on: list[object] = []
+    in_greenlet(lambda: concurrency.spawn(lambda: ran_on.append(gevent.getcurrent())))
+    wait_for(lambda: gevent.sleep(0) or ran_on)
+    assert isinstance(ran_on[0], gevent.Greenlet)
+
+
+def test_a_waiting_greenlet_lets_others_run_without_monkey_patching() -> None:
+    broker = MemoryBroker()
+    waiting = [gevent.spawn(lambda: broker.subscribe().take(20)) for _ in range(3)]
+    gevent.sleep(0)
+    wait_for(lambda: gevent.sleep(0) or broker.subscriber_count() == 3)
+    broker.publish("x")
+    assert all(b"data: x" in greenlet.get(timeout=20) for greenlet in waiting)
+
+
+def test_the_mutex_is_the_operating_systems_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(concurrency.new_mutex(), type(threading.Lock()))
+    monkeypatch.delitem(sys.modules, "gevent.monkey")
+    assert isinstance(concurrency.new_mutex(), type(threading.Lock()))
+
+
+def test_who_rings_while_the_waker_works_gets_another_round() -> None:
+    rounds: list[int] = []
+
+    def work() -> bool:
+        rounds.append(1)
+        if len(rounds) == 1:
+            waker.ring()
+        return False
+
+    waker = concurrency.Waker(work)
+    waker.ring()
+    waker.start()
+    wait_for(lambda: waker._bell is None, what="the waker to end")
+    assert len(rounds) == 2
+
+
+PATCHED = """
+from gevent import monkey; monkey.patch_all()
+import gevent, threading
+from flask_eventstream import MemoryBroker
+broker = MemoryBroker()
+def read():
+    subscription = broker.subscribe()
+    taken = subscription.take(20)
+    subscription.close()
+    return taken
+greenlets = [gevent.spawn(read) for _ in range(100)]
+gevent.sleep(0.01)
+def publish():
+    for _ in range(50):
+        broker.publish("x", channel="elsewhere")
+    broker.publish("x")
+{start}
+done = gevent.joinall(greenlets, timeout=20)
+assert len(done) == 100, len(done)
+assert all(b"data: x" in greenlet.value for greenlet in greenlets)
+gevent.sleep(0.01)
+assert broker.waker._bell is None
+"""
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "threading.Thread(target=publish).start()",
+        "gevent.get_hub().threadpool.spawn(publish)",
+        "monkey.get_original('_thread', 'start_new_thread')(publish, ())",
+    ],
+    ids=["greenlet", "gevent's thread pool", "native thread"],
+)
+def test_any_thread_of_a_patched_process_reaches_its_greenlets(start: str) -> None:
+    command = [sys.executable, "-c", PATCHED.format(start=start)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr

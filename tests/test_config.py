@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flask_eventstream.config import Config
+from flask_eventstream.errors import ConfigurationError
+
+
+def test_the_defaults_hold_for_what_is_not_said() -> None:
+    assert Config.read({"OTHER": 1}) == Config()
+
+
+def test_every_key_is_read() -> None:
+    given = {
+        "EVENTSTREAM_BROKER_URL": "memory://",
+        "EVENTSTREAM_HISTORY": 0,
+        "EVENTSTREAM_HISTORY_SECONDS": 1.5,
+        "EVENTSTREAM_HEARTBEAT": 2,
+        "EVENTSTREAM_RETRY": 0,
+        "EVENTSTREAM_MAX_EVENT_BYTES": 5,
+        "EVENTSTREAM_MAX_CHANNELS": 6,
+        "EVENTSTREAM_MAX_SUBSCRIBERS": 7,
+        "EVENTSTREAM_MAX_LIFETIME": 8.5,
+        "EVENTSTREAM_MAX_LAG": 9,
+    }
+    assert Config.read(given) == Config("memory://", 0, 1.5, 2, 0, 5, 6, 7, 8.5, 9)
+
+
+@pytest.mark.parametrize("key", ["MAX_SUBSCRIBERS", "MAX_LIFETIME"])
+def test_none_is_a_value_where_it_is_the_default(key: str) -> None:
+    assert Config.read({f"EVENTSTREAM_{key}": None}) == Config()
+
+
+BAD: dict[str, list[Any]] = {
+    "BROKER_URL": [None, 7],
+    "HISTORY": [None, -1, "3", True, 1.5],
+    "HISTORY_SECONDS": [None, 0, "3", True],
+    "HEARTBEAT": [None, 0, -1, "15", True, float("nan")],
+    "RETRY": [None, -1, "3", True, 1.5],
+    "MAX_EVENT_BYTES": [None, 0, "3"],
+    "MAX_CHANNELS": [None, 0, "3"],
+    "MAX_SUBSCRIBERS": [0, "3"],
+    "MAX_LIFETIME": [0, "3"],
+    "MAX_LAG": [None, 0, "3"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in BAD.items() for value in values]
+)
+def test_a_value_that_cannot_be_used_is_an_error_that_names_the_key(key: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"EVENTSTREAM_{key}=") as caught:
+        Config.read({f"EVENTSTREAM_{key}": value})
+    assert caught.value.field == f"EVENTSTREAM_{key}"

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from flask_eventstream.history import Entry, History, in_order, joined
+
+
+def history(size: int = 3, seconds: float = 10, tail_bytes: int = 0, dropped: int = 0) -> History:
+    return History(size, seconds, tail_bytes, tail_seconds=5, dropped=dropped)
+
+
+def entry(seq: int, time: float = 0, id: str | None = None, size: int = 1) -> Entry:
+    return Entry(seq, time, id, b"x" * size)
+
+
+def filled(kept: History, count: int, keep_tail: bool = False, size: int = 1) -> History:
+    for seq in range(1, count + 1):
+        kept.append(entry(seq, time=seq, size=size), keep_tail)
+    return kept
+
+
+def seqs(entries: list[Entry]) -> list[int]:
+    return [one.seq for one in entries]
+
+
+def test_it_keeps_the_newest_events_and_knows_what_it_dropped() -> None:
+    kept = filled(history(), 5)
+    assert seqs(kept.replayable(now=5)) == [3, 4, 5]
+    assert kept.dropped == kept.complete_since(now=5) == 2
+
+
+def test_it_drops_what_is_too_old() -> None:
+    kept = filled(history(seconds=2), 3)
+    assert seqs(kept.replayable(now=4.5)) == [3]
+    assert kept.complete_since(now=4.5) == 2
+    kept.trim(4.5, keep_tail=False)
+    assert (len(kept), kept.dropped) == (1, 2)
+
+
+def test_nothing_is_dropped_before_it_has_dropped_something() -> None:
+    assert filled(history(), 3).complete_since(now=3) == 0
+    assert history(dropped=7).complete_since(now=0) == history(dropped=7).dropped == 7
+
+
+def test_after_a_sequence_number_comes_all_that_is_higher() -> None:
+    assert seqs(filled(history(), 3).after(1)) == [2, 3]
+    assert filled(history(), 3).after(3) == []
+
+
+def test_a_history_of_no_events_replays_none() -> None:
+    kept = filled(history(size=0, tail_bytes=1000), 2, keep_tail=True)
+    assert kept.replayable(now=2) == []
+    assert kept.complete_since(now=2) == 2
+    assert seqs(kept.after(0)) == [1, 2]
+
+
+def test_the_tail_keeps_more_for_those_who_are_connected() -> None:
+    kept = filled(history(tail_bytes=10_000), 9, keep_tail=True)
+    assert seqs(kept.after(0)) == list(range(4, 10))  # tail_seconds is 5
+    assert seqs(kept.replayable(now=9)) == [7, 8, 9]
+    assert (kept.dropped, kept.complete_since(now=9)) == (3, 6)
+
+
+def test_the_tail_is_dropped_once_nobody_is_connected() -> None:
+    kept = filled(history(tail_bytes=10_000), 9, keep_tail=True)
+    kept.trim(9, keep_tail=False)
+    assert seqs(kept.after(0)) == [7, 8, 9]
+
+
+def test_the_tail_is_bounded_in_bytes() -> None:
+    kept = filled(history(size=0, tail_bytes=3000), 4, keep_tail=True, size=1000)
+    assert seqs(kept.after(0)) == [3, 4]
+
+
+def test_the_tail_keeps_the_newest_event_however_large() -> None:
+    kept = filled(history(size=0, tail_bytes=10), 2, keep_tail=True, size=1000)
+    assert seqs(kept.after(0)) == [2]
+
+
+def test_an_own_id_is_found_wherever_it_was_used() -> None:
+    kept = history()
+    for seq, id in enumerate(["a", "b", "a"]):
+        kept.append(entry(seq, id=id), keep_tail=False)
+    assert (kept.positions("a"), kept.positions("b"), kept.positions("c")) == ([0, 2], [1], [])
+
+
+def test_channels_are_joined_in_order_and_each_event_once() -> None:
+    shared = entry(2)
+    entries = in_order([[entry(1), shared], [shared, entry(3)], []])
+    assert seqs(entries) == [1, 2, 3]
+    assert joined(entries) == b"xxx"
+    assert in_order([[shared]]) == [shared]

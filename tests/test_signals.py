@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flask_eventstream.signals import (
+    event_published,
+    subscriber_connected,
+    subscriber_disconnected,
+)
+from flask_eventstream.testing import client_stream
+
+if TYPE_CHECKING:
+    from flask import Flask
+    from flask.testing import FlaskClient
+
+    from flask_eventstream import EventStream
+
+
+def test_what_happens_is_told(app: Flask, client: FlaskClient, eventstream: EventStream) -> None:
+    told: list[tuple[str, Flask, dict[str, Any]]] = []
+    receivers = {
+        signal.name: lambda sender, *, name=signal.name, **extra: told.append((name, sender, extra))
+        for signal in (subscriber_connected, subscriber_disconnected, event_published)
+    }
+    subscriber_connected.connect(receivers["eventstream-subscriber-connected"])
+    subscriber_disconnected.connect(receivers["eventstream-subscriber-disconnected"])
+    event_published.connect(receivers["eventstream-event-published"])
+    with client_stream(client, "/stream", headers={"Last-Event-ID": "7"}) as stream:
+        with app.app_context():
+            id = eventstream.publish("x", channel=["sse", "audit"])
+        assert stream.next().type == "reset"
+    assert told == [
+        ("eventstream-subscriber-connected", app, {"channels": ("sse",), "last_event_id": "7"}),
+        ("eventstream-event-published", app, {"channels": ("sse", "audit"), "id": id}),
+        ("eventstream-subscriber-disconnected", app, {"channels": ("sse",)}),
+    ]
+
+
+def test_a_subscriber_is_off_the_books_when_its_leaving_is_told(
+    app: Flask, client: FlaskClient, eventstream: EventStream
+) -> None:
+    left: list[int] = []
+
+    def count(sender: Flask, channels: tuple[str, ...]) -> None:
+        with app.app_context():
+            left.append(eventstream.subscriber_count())
+
+    with subscriber_disconnected.connected_to(count), client_stream(client, "/stream"):
+        pass
+    assert left == [0]
