@@ -18,6 +18,7 @@ DEFAULT_CHANNEL = "sse"
 MAX_CHANNEL_LENGTH = 255
 """The longest name of a channel, in characters."""
 
+_LONGEST_REQUESTED = 256
 _UNFIT_FOR_A_NAME = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -182,6 +183,18 @@ def channel_names(channel: str | Iterable[str]) -> tuple[str, ...]:
     for name in names:
         _check_channel_name(name)
     return names
+
+
+def encode_reset(requested: str, earliest: str | None, position: str) -> bytes:
+    """Return the event that tells a client that something may be gone.
+
+    :param requested: the cursor that the client came with, of which 256 characters are shown.
+    :param earliest: the id of the earliest event that it can still get, if any.
+    :param position: a cursor from which that event comes next. It is the event's id: who loses the
+        connection right after it has been told, and gets what history still has.
+    """
+    evidence = {"requested": requested[:_LONGEST_REQUESTED], "earliest": earliest}
+    return ServerSentEvent(evidence, "reset", position).encode()
 
 
 def _check_channel_name(name: str) -> None:

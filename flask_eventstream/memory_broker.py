@@ -5,19 +5,20 @@ from __future__ import annotations
 import secrets
 import time
 from collections import OrderedDict, deque
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from . import concurrency
-from .broker import DEFAULT_CHANNEL, Broker, Subscription, channel_names
+from .broker import DEFAULT_CHANNEL, Broker, Subscription, channel_names, encode_reset
 from .errors import BrokerClosedError, InvalidFieldError
-from .event import MAX_EVENT_BYTES, ServerSentEvent
+from .event import MAX_EVENT_BYTES
 from .history import Entry, History, in_order, joined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_LONGEST_REQUESTED = 256
+_TAIL_EVENTS = 4
 _SWEPT_AT_ONCE = 16
 
 
@@ -65,9 +66,9 @@ class MemoryBroker(Broker):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(max_event_bytes=max_event_bytes)
-        self._history = history
         self._history_seconds = history_seconds
-        self._max_lag = max_lag
+        tail_bytes = _TAIL_EVENTS * max_event_bytes
+        self._new_history = partial(History, history, history_seconds, tail_bytes, max_lag)
         self._clock = clock
         self._is_closed = False
         self._start()
@@ -119,20 +120,11 @@ class MemoryBroker(Broker):
     def _touch(self, name: str, now: float) -> _Channel:
         channel = self._channels.get(name)
         if channel is None:
-            channel = self._channels[name] = self._new_channel(name, now)
+            channel = _Channel(name, self._new_history(self._forgotten), now)
+            self._channels[name] = channel
         channel.touched = now
         self._channels.move_to_end(name)
         return channel
-
-    def _new_channel(self, name: str, now: float) -> _Channel:
-        history = History(
-            self._history,
-            self._history_seconds,
-            tail_bytes=4 * self.max_event_bytes,
-            tail_seconds=self._max_lag,
-            dropped=self._forgotten,
-        )
-        return _Channel(name, history, now)
 
     def subscribe(
         self, *channels: str, last_event_id: str | None = None, history: int = 0
@@ -165,7 +157,9 @@ class MemoryBroker(Broker):
         if seq is not None and max(one.complete_since(now) for one in kept) <= seq <= self._seq:
             return joined(in_order(one.after(seq) for one in kept)), True
         left = in_order(one.replayable(now) for one in kept)
-        return self._reset(cursor, left) + joined(left), False
+        earliest = (left[0].id or self.mint(left[0].seq)) if left else None
+        position = left[0].seq - 1 if left else self._seq
+        return encode_reset(cursor, earliest, self.mint(position)) + joined(left), False
 
     def _seq_of(self, cursor: str, kept: list[History]) -> int | None:
         minted = self._seq_of_minted(cursor)
@@ -184,14 +178,6 @@ class MemoryBroker(Broker):
     def mint(self, seq: int) -> str:
         """Return the id, and the cursor, of a place in the sequence."""
         return f"{self._epoch}-{seq}"
-
-    def _reset(self, cursor: str, kept: list[Entry]) -> bytes:
-        # The id is a cursor too: who loses the connection right after this event has been told,
-        # and gets what history still has.
-        earliest = (kept[0].id or self.mint(kept[0].seq)) if kept else None
-        position = kept[0].seq - 1 if kept else self._seq
-        evidence = {"requested": cursor[:_LONGEST_REQUESTED], "earliest": earliest}
-        return ServerSentEvent(evidence, "reset", self.mint(position)).encode()
 
     def last_event_id(self, channel: str = DEFAULT_CHANNEL) -> str:
         """Return the current cursor, which is the same for all channels."""
@@ -213,26 +199,24 @@ class MemoryBroker(Broker):
         with self._mutex:
             self._remove_leaving()
             found = self._channels.get(channel)
-            subscriptions = list(found.subscriptions) if found else []
-            self._end(subscriptions)
-        return _wake(subscriptions)
+            return self._end(found.subscriptions) if found else 0
 
     def close(self) -> None:
         """End every subscription; see :meth:`Broker.close`."""
         with self._mutex:
             self._is_closed = True
-            subscriptions = list(self._subscriptions)
-            self._end(subscriptions)
-        _wake(subscriptions)
+            self._end(self._subscriptions)
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise BrokerClosedError
 
-    def _end(self, subscriptions: list[_MemorySubscription]) -> None:
+    def _end(self, subscriptions: WeakSet[_MemorySubscription]) -> int:
         for subscription in subscriptions:
             if subscription.end is None:
                 subscription.end = self._seq
+            subscription.wake()
+        return len(subscriptions)
 
     def _sweep(self, now: float) -> None:
         # A bounded number at a time: a million channels that expire together must not make one
@@ -295,7 +279,8 @@ class MemoryBroker(Broker):
             waiting = [one for channel in self._stirred for one in channel.subscriptions]
             self._stirred.clear()
             somebody_is_left = bool(self._subscriptions)
-        _wake(waiting)
+        for subscription in waiting:
+            subscription.wake()
         return somebody_is_left
 
 
@@ -343,9 +328,3 @@ class _MemorySubscription(Subscription):
             self._is_closed = True
             self._broker.leave(self)
             self._ready.set()
-
-
-def _wake(subscriptions: list[_MemorySubscription]) -> int:
-    for subscription in subscriptions:
-        subscription.wake()
-    return len(subscriptions)
