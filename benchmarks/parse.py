@@ -15,9 +15,8 @@ not ours. The chunks: one event each, as a live stream comes; 1 KiB and 64 KiB, 
 Chunks of 64 bytes are the worst case, in a table of their own that the bar does not speak of.
 
 Not quite the same: ours bounds the size of an event and handles a byte order mark, which none of
-the peers does; only ours and the ``openai`` client's resume with a bounded amount of work however
-small the chunks are. What each one reads is compared with what was meant before it is timed; the
-type is ``"message"`` in ours and sseclient-py, and empty in the others.
+the peers does. What each one reads is compared with what was meant before it is timed; the type is
+``"message"`` in ours and sseclient-py, and empty in the others.
 """
 
 from __future__ import annotations
