@@ -1,0 +1,34 @@
+// Reads a stream with a client from npm and prints what that client tells its user, a line each.
+// Usage: node read.mjs eventsource|fetch-event-source URL SECONDS
+import { createRequire } from "node:module";
+
+const [client, url, seconds] = process.argv.slice(2);
+const print = (what, event = {}) => {
+  const { data = null, lastEventId, id, type } = event;
+  console.log(JSON.stringify({ what, data, id: lastEventId ?? id ?? null, type: type ?? null }));
+};
+
+async function readWithEventSource() {
+  const { EventSource } = await import("eventsource");
+  const source = new EventSource(url);
+  source.onopen = () => print("open");
+  source.onmessage = (event) => print("message", event);
+  source.onerror = (event) => print(source.readyState === EventSource.CLOSED ? "closed" : "error");
+  for (const type of ["end", "reset"]) source.addEventListener(type, (event) => print(type, event));
+}
+
+async function readWithFetchEventSource() {
+  const { fetchEventSource } = createRequire(import.meta.url)("@microsoft/fetch-event-source");
+  // It was written for pages, and looks whether the page is visible.
+  globalThis.window = globalThis;
+  globalThis.document = { hidden: false, addEventListener() {}, removeEventListener() {} };
+  await fetchEventSource(url, {
+    async onopen(response) { print(response.status === 204 ? "closed" : "open"); },
+    onmessage(event) { print(event.event || "message", event); },
+    onclose() { print("end of body"); },
+    onerror(error) { throw error; },
+  });
+}
+
+setTimeout(() => process.exit(0), Number(seconds) * 1000);
+await (client === "eventsource" ? readWithEventSource() : readWithFetchEventSource());
