@@ -111,13 +111,13 @@ class _Producer:
             self._owner.hand_over(self, self)
 
     def _wait_for_room(self) -> bool:
-        while not self._is_stopped:
+        while True:
             self._room.clear()
+            if self._is_stopped:
+                return False
             if self._given - self._taken < _AHEAD:
                 return True
-            if not self._is_stopped:
-                self._room.wait()
-        return False
+            self._room.wait()
 
     def _close_source(self) -> None:
         close = getattr(self._source, "close", None)

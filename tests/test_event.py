@@ -7,7 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
@@ -43,6 +43,7 @@ def test_an_event_reads_back_as_itself_after_an_id_was_put_in(
 
 
 @given(text)
+@example("a\r\nb\rc\nd")
 def test_text_alone_is_encoded_like_an_event_of_it(data: str) -> None:
     assert encode_data(data) == ServerSentEvent(data).encode()
 
