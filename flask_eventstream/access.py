@@ -36,15 +36,17 @@ def requested_channels(max_channels: int) -> tuple[str, ...]:
         abort(400, str(error))
 
 
-def check_may_read(channels: tuple[str, ...], may_read: Callable[[str], bool] | None) -> None:
+def check_may_read(channels: tuple[str, ...], judges: list[Callable[[str], bool]]) -> None:
     """Refuse the current request unless it may read every one of some channels.
 
     :param channels: the names.
-    :param may_read: the app's own answer; without it only the default channel is open.
-    :raises Forbidden: 403, in words. What ``may_read`` raises is passed on.
+    :param judges: the app's own functions, all of which must allow it; without any, only the
+        default channel is open.
+    :raises Forbidden: 403, in words. What a judge raises is passed on.
     """
     for channel in channels:
-        if not (may_read(channel) if may_read else channel == DEFAULT_CHANNEL):
+        is_open = bool(judges) or channel == DEFAULT_CHANNEL
+        if not (is_open and all(may_read(channel) for may_read in judges)):
             abort(403, f"Reading the channel {channel!r} is not allowed.")
 
 

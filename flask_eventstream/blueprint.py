@@ -36,6 +36,7 @@ class State:
     config: Config
     broker: Broker
     max_subscribers: int | None
+    blueprints: list[EventStream] = field(default_factory=list)
     streams: WeakSet[SubscriptionBody] = field(default_factory=WeakSet)
 
 
@@ -44,8 +45,9 @@ class EventStream(Blueprint):
 
     :param name: the blueprint's name.
     :param import_name: the name of the module that it belongs to, ``__name__`` as a rule.
-    :param url_prefix: where its routes are, ``"/stream"`` unless it is registered elsewhere. What
-        else a :class:`flask.Blueprint` takes may be given too.
+    :param url_prefix: where its routes are, ``"/stream"`` unless it is registered elsewhere. It
+        must not be empty: the route of the channels is the prefix itself.
+    :param options: what else a :class:`flask.Blueprint` takes.
 
     Its own route, ``GET /stream?channel=news&channel=sport``, streams channels that
     :meth:`authorize` opens; without it, only the default channel, ``"sse"``.
@@ -56,11 +58,11 @@ class EventStream(Blueprint):
     """
 
     def __init__(
-        self, name: str, import_name: str, *, url_prefix: str | None = "/stream", **options: Any
+        self, name: str, import_name: str, *, url_prefix: str = "/stream", **options: Any
     ) -> None:
         super().__init__(name, import_name, url_prefix=url_prefix, **options)
         self._may_read: Callable[[str], bool] | None = None
-        self.record(_install)
+        self.record(self._install)
         self.add_url_rule("", "channels", self._channels)
 
     def publish(
@@ -171,7 +173,8 @@ class EventStream(Blueprint):
         """Decorate the function that tells whether the current request may read a channel.
 
         It is asked for each channel at every connect and reconnect, before anything is replayed.
-        It returns a ``bool``, or raises an HTTP error of its own; ``False`` is 403.
+        It returns a ``bool``, or raises an HTTP error of its own; ``False`` is 403. The app's other
+        blueprints ask it too, unless they have one of their own.
         """
         self._may_read = may_read
         return may_read
@@ -197,15 +200,27 @@ class EventStream(Blueprint):
 
     def _channels(self) -> EventStreamResponse:
         names = access.requested_channels(_state().config.max_channels)
-        access.check_may_read(names, self._may_read)
+        access.check_may_read(names, self._judges())
         return self.subscribe(*names)
 
+    def _judges(self) -> list[Callable[[str], bool]]:
+        # All blueprints of an app serve the same channels. One that is there for its generator
+        # views must not open what another one guards.
+        if self._may_read is not None:
+            return [self._may_read]
+        others = [blueprint._may_read for blueprint in _state().blueprints]
+        return [may_read for may_read in others if may_read is not None]
 
-def _install(setup: BlueprintSetupState) -> None:
-    if "eventstream" not in setup.app.extensions:
-        config = Config.read(setup.app.config)
-        room = config.max_subscribers or access.default_max_subscribers()
-        setup.app.extensions["eventstream"] = State(config, _new_broker(config), room)
+    def _install(self, setup: BlueprintSetupState) -> None:
+        extensions = setup.app.extensions
+        if "eventstream" not in extensions:
+            extensions["eventstream"] = _new_state(Config.read(setup.app.config))
+        extensions["eventstream"].blueprints.append(self)
+
+
+def _new_state(config: Config) -> State:
+    room = config.max_subscribers or access.default_max_subscribers()
+    return State(config, _new_broker(config), room)
 
 
 def _new_broker(config: Config) -> Broker:

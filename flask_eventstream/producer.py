@@ -146,6 +146,8 @@ def interval(seconds: float) -> Iterator[int]:
     """Count 0, 1, 2, … with a pause before each number, without drift.
 
     A tick that comes late is not made up for: the next one is due a whole pause after it at most.
+    A stream's head waits for its first item, so yield one at once, or give the stream a
+    ``heartbeat``, where the browser's ``onopen`` must not be late.
 
     :param seconds: the pause, in seconds, more than 0.
     :raises ConfigurationError: if ``seconds`` is no number that is more than 0.

@@ -46,17 +46,24 @@ def test_too_many_channels_are_400(app: Flask) -> None:
 
 
 def test_only_the_default_channel_is_open_unless_the_app_says_otherwise() -> None:
-    access.check_may_read(("sse",), None)
+    access.check_may_read(("sse",), [])
     with pytest.raises(Forbidden, match="'news' is not allowed"):
-        access.check_may_read(("sse", "news"), None)
+        access.check_may_read(("sse", "news"), [])
 
 
 def test_the_app_decides_for_each_channel() -> None:
-    access.check_may_read(("a1", "a2"), lambda channel: channel.startswith("a"))
+    begins_with_a = [lambda channel: bool(channel.startswith("a"))]
+    access.check_may_read(("a1", "a2"), begins_with_a)
     with pytest.raises(Forbidden, match="'b1'"):
-        access.check_may_read(("a1", "b1"), lambda channel: channel.startswith("a"))
+        access.check_may_read(("a1", "b1"), begins_with_a)
     with pytest.raises(Forbidden, match="'sse'"):
-        access.check_may_read(("sse",), lambda channel: False)
+        access.check_may_read(("sse",), [lambda channel: False])
+
+
+def test_every_judge_must_allow_it() -> None:
+    access.check_may_read(("a",), [lambda channel: True, lambda channel: True])
+    with pytest.raises(Forbidden):
+        access.check_may_read(("a",), [lambda channel: True, lambda channel: False])
 
 
 def test_beyond_the_limit_there_is_no_room() -> None:

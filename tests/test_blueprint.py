@@ -200,6 +200,21 @@ def test_authorize_opens_channels_and_is_asked_at_every_connect(
     assert asked == ["a", "b", "a"]
 
 
+def test_another_blueprint_does_not_open_what_one_of_them_guards(
+    app: Flask, client: FlaskClient, eventstream: EventStream
+) -> None:
+    generators = EventStream("generators", __name__, url_prefix="/generators")
+    app.register_blueprint(generators)
+    with client_stream(client, "/generators"):
+        pass
+    eventstream.authorize(lambda channel: channel == "news")
+    assert client.get("/generators").status_code == 403
+    with client_stream(client, "/generators?channel=news"):
+        pass
+    generators.authorize(lambda channel: channel == "mine")
+    assert client.get("/generators?channel=news").status_code == 403
+
+
 def test_authorize_may_raise_an_answer_of_its_own(
     client: FlaskClient, eventstream: EventStream
 ) -> None:
