@@ -269,7 +269,8 @@ def gunicorn(worker_class: str) -> Iterator[int]:
         port: int = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "gunicorn", "-k", worker_class, "-b", f"127.0.0.1:{port}",
-        "--log-level", "warning", "--graceful-timeout", "1", *THREADS.get(worker_class, ()), "generator:create_app()",
+        "--log-level", "warning", "--graceful-timeout", "1", *THREADS.get(worker_class, ()),
+        "generator:create_app()",
     ]  # fmt: skip
     # Not from where the benchmark was started, or a package that lies there would be served.
     server = subprocess.Popen(command, cwd=Path(__file__).parent)
