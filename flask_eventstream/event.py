@@ -35,6 +35,10 @@ dispatch an empty event, and ``@microsoft/fetch-event-source`` call ``onmessage`
 """
 
 
+_new_tuple = tuple.__new__
+_dumps = json.JSONEncoder(allow_nan=False).encode
+
+
 class _Fields(NamedTuple):
     data: str
     type: str = "message"
@@ -73,13 +77,21 @@ class ServerSentEvent(_Fields):
         *,
         dumps: Callable[[Any], str] | None = None,
     ) -> ServerSentEvent:
-        if data.__class__ is not str or not data.isascii():
+        # What is printable has neither line breaks, nor NUL, nor surrogates: most types and ids
+        # need no closer look (benchmarks/encode.py).
+        if data.__class__ is not str:
             data = _checked_data(data, dumps)
-        if id is not None:
+        elif not data.isascii():
+            _checked_text("data", data)
+        if not type:
+            type = "message"
+        elif type.__class__ is not str or not type.isprintable():
+            type = _checked_type(type)
+        if id is not None and (id.__class__ is not str or not id.isprintable()):
             id = _checked_id(id)
         if retry is not None:
             retry = _checked_retry(retry)
-        return tuple.__new__(cls, (data, _checked_type(type) if type else "message", id, retry))
+        return _new_tuple(cls, (data, type, id, retry))
 
     @classmethod
     def _make(cls, iterable: Iterable[Any]) -> ServerSentEvent:  # type: ignore[override]
@@ -190,7 +202,7 @@ def to_json(value: Any, dumps: Callable[[Any], str] | None = None) -> str:
         hint = "is binary, and the wire is text; send ServerSentEvent.binary(data)"
         raise InvalidFieldError("data", value, hint)
     try:
-        return dumps(value) if dumps else json.dumps(value, allow_nan=False)
+        return (dumps or _dumps)(value)
     except (TypeError, ValueError, RecursionError) as error:
         hint = f"cannot be sent as JSON ({error}); send a str, or what JSON can express"
         raise InvalidFieldError("data", value, hint) from error
@@ -203,15 +215,13 @@ def raise_too_large(size: int, limit: int) -> None:
 
 
 def _checked_data(data: Any, dumps: Callable[[Any], str] | None) -> str:
-    if not isinstance(data, str):
-        data = to_json(data, dumps)
-    return _checked_text("data", data)
+    return _checked_text("data", data if isinstance(data, str) else to_json(data, dumps))
 
 
 def _checked_text(field: str, text: str) -> str:
     # str.__str__, since a subclass may escape what it is joined with (markupsafe.Markup) or
     # print as something else (an Enum of strings).
-    plain = str.__str__(text)
+    plain = text if text.__class__ is str else str.__str__(text)
     try:
         plain.encode()
     except UnicodeEncodeError as error:

@@ -43,8 +43,8 @@ class StreamFormat:
             return HEARTBEAT
         if isinstance(item, ServerSentEvent):
             return item.encode(self._max_bytes)
-        text = item if isinstance(item, str) else to_json(item, self._dumps)
-        return ServerSentEvent(text).encode(self._max_bytes)
+        text = ServerSentEvent(item).data if isinstance(item, str) else to_json(item, self._dumps)
+        return encode_data(text, self._max_bytes)
 
     def end(self) -> bytes:
         """Return the last event of a stream that is complete."""

@@ -14,7 +14,7 @@ import re
 from typing import TYPE_CHECKING
 
 from .errors import TooLargeError
-from .event import ServerSentEvent
+from .event import HEARTBEAT, ServerSentEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 _new_event = tuple.__new__
 _BOM = b"\xef\xbb\xbf"
 # In a pattern without DOTALL, "." is anything but LF: just what a field's value may hold.
-_head = re.compile(r"(?:id: ([^\n\0]*)\n)?(?:event: (.*)\n)?data: ").match
+_USUAL_HEAD = r"(?:id: ([^\n\0]*)\n)?(?:event: (.*)\n)?data: "
+_usual_head = re.compile(_USUAL_HEAD).match
+_retry_field = re.compile(r"retry: ?([0-9]+)").fullmatch
+_READ_AT_ONCE = (b":", b"retry")
+_usual_head_after_heartbeats = re.compile(r"(?::\n)*" + _USUAL_HEAD).match
 
 
 class EventStreamParser:
@@ -53,17 +57,19 @@ class EventStreamParser:
     ) -> None:
         self._max_bytes = max_bytes
         self._on_comment = on_comment
+        # Comments that nobody asks for need no look of their own.
+        self._usual_head = _usual_head if on_comment else _usual_head_after_heartbeats
         self._last_event_id = last_event_id
-        self._reconnection_time: int | None = None
-        self._head: bytes | None = b""
-        self._after_cr = False
-        self._unfinished_line: list[bytes] = []
-        self._block_bytes = 0
-        self._error: TooLargeError | None = None
-        self._data: list[str] = []
-        self._type = ""
         self._id: str | None = last_event_id or None
-        self._retry: int | None = None
+        self._reconnection_time: int | None = None
+        self._bom: bytes | None = b""
+        self._after_cr = False
+        self._is_between_events = False
+        # Of an event whose blank line has not come yet: its whole lines, then the start of a line.
+        self._lines: list[bytes] = []
+        self._line: list[bytes] = []
+        self._unfinished_bytes = 0
+        self._error: TooLargeError | None = None
 
     @property
     def last_event_id(self) -> str:
@@ -85,28 +91,35 @@ class EventStreamParser:
         :raises TooLargeError: if an unfinished event is larger than ``max_bytes``. Events that were
             complete before it are returned first; then every further call raises.
         """
-        if self._error is not None:
-            raise self._error
-        if self._head is not None:
-            chunk = self._without_bom(self._head, chunk)
+        events: list[ServerSentEvent] = []
+        if self._is_between_events:
+            # What a live stream brings: whole events, or a heartbeat.
+            is_whole = chunk.endswith(b"\n\n") and b"\r" not in chunk
+            if is_whole and len(chunk) <= self._max_bytes:
+                self._read_blocks(chunk.decode("utf-8", "replace").split("\n\n"), events)
+                return events
+            if chunk == HEARTBEAT:
+                self._hear("")
+                return events
+        if self._bom is not None:
+            chunk = self._without_bom(self._bom, chunk)
         if self._after_cr or b"\r" in chunk:
             chunk = self._with_lf_only(chunk)
-        events: list[ServerSentEvent] = []
-        end = chunk.rfind(b"\n") + 1
-        if end:
-            self._read_lines(chunk[:end], events)
-        self._keep(chunk[end:])
+        if self._error is None:
+            self._feed(chunk, events)
+            is_in_line = self._unfinished_bytes or self._after_cr or self._bom is not None
+            self._is_between_events = not is_in_line
         if self._error is not None and not events:
             raise self._error
         return events
 
-    def _without_bom(self, head: bytes, chunk: bytes) -> bytes:
-        head += chunk
-        if len(head) < len(_BOM) and _BOM.startswith(head):
-            self._head = head
+    def _without_bom(self, start: bytes, chunk: bytes) -> bytes:
+        start += chunk
+        if len(start) < len(_BOM) and _BOM.startswith(start):
+            self._bom = start
             return b""
-        self._head = None
-        return head.removeprefix(_BOM)
+        self._bom = None
+        return start.removeprefix(_BOM)
 
     def _with_lf_only(self, chunk: bytes) -> bytes:
         if self._after_cr and chunk:
@@ -117,54 +130,77 @@ class EventStreamParser:
         self._after_cr = self._after_cr or chunk.endswith(b"\r")
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
-    def _keep(self, rest: bytes) -> None:
-        if rest and self._error is None:
-            self._unfinished_line.append(rest)
-            self._block_bytes += len(rest)
-            if self._block_bytes > self._max_bytes:
-                self._fail()
-
-    def _fail(self) -> None:
-        advice = "Raise max_bytes, or close the connection: its sender does not end its events."
-        what = "unfinished data in bytes"
-        self._error = TooLargeError(what, self._block_bytes, self._max_bytes, advice)
-        self._unfinished_line.clear()
-        self._data.clear()
-
-    def _read_lines(self, lines: bytes, events: list[ServerSentEvent]) -> None:
-        if self._unfinished_line:
-            self._block_bytes -= sum(map(len, self._unfinished_line))
-            lines = b"".join([*self._unfinished_line, lines])
-            self._unfinished_line.clear()
-        if self._block_bytes + len(lines) > self._max_bytes:
-            self._read_bounded(lines, events)
+    def _feed(self, chunk: bytes, events: list[ServerSentEvent]) -> None:
+        if self._unfinished_bytes + len(chunk) > self._max_bytes:
+            self._feed_line_by_line(chunk, events)
             return
-        self._read(lines.decode("utf-8", "replace"), events)
-        blank = lines.rfind(b"\n\n")
-        if blank >= 0 or lines.startswith(b"\n"):
-            self._block_bytes = len(lines) - (blank + 2 if blank >= 0 else 1)
-        else:
-            self._block_bytes += len(lines)
+        end = chunk.rfind(b"\n\n") + 2
+        if end == 1:
+            end = 1 if chunk.startswith(b"\n") and not self._line else 0
+        if end:
+            self._read_blocks(self._finished(chunk[:end]), events)
+        if end < len(chunk):
+            self._keep(chunk[end:])
 
-    def _read_bounded(self, lines: bytes, events: list[ServerSentEvent]) -> None:
-        # Line by line, so that the event that is too large is the same for every chunking.
-        for line in lines.splitlines(keepends=True):
-            self._block_bytes = 0 if line == b"\n" else self._block_bytes + len(line)
-            if self._block_bytes > self._max_bytes:
-                self._fail()
+    def _feed_line_by_line(self, chunk: bytes, events: list[ServerSentEvent]) -> None:
+        # So that the event that is too large is the same for every chunking.
+        for line in chunk.splitlines(keepends=True):
+            is_blank = line == b"\n" and not self._line
+            if not is_blank and self._unfinished_bytes + len(line) > self._max_bytes:
+                self._fail(self._unfinished_bytes + len(line))
                 return
-            self._read(line.decode("utf-8", "replace"), events)
+            if is_blank:
+                self._read_blocks(self._finished(line), events)
+            else:
+                self._keep(line)
 
-    def _read(self, text: str, events: list[ServerSentEvent]) -> None:
-        *blocks, unfinished = text.split("\n\n")
-        if blocks and (self._data or self._type or self._retry is not None):
-            self._read_block(blocks.pop(0), events)
+    def _fail(self, size: int) -> None:
+        advice = "Raise max_bytes, or close the connection: its sender does not end its events."
+        self._error = TooLargeError("unfinished data in bytes", size, self._max_bytes, advice)
+        self._unfinished_bytes = size
+        self._lines.clear()
+        self._line.clear()
+
+    def _finished(self, chunk: bytes) -> list[str]:
+        if self._unfinished_bytes:
+            chunk = b"".join([*self._lines, *self._line, chunk])
+            self._lines.clear()
+            self._line.clear()
+            self._unfinished_bytes = 0
+        return chunk.decode("utf-8", "replace").split("\n\n")
+
+    def _keep(self, rest: bytes) -> None:
+        self._unfinished_bytes += len(rest)
+        end = rest.rfind(b"\n") + 1
+        if end:
+            lines = b"".join([*self._line, rest[:end]])
+            self._line.clear()
+            if lines.startswith(_READ_AT_ONCE) or b"\n:" in lines or b"\nretry" in lines:
+                lines = self._read_at_once(lines)
+            self._lines.append(lines)
+        if end < len(rest):
+            self._line.append(rest[end:])
+
+    def _read_at_once(self, lines: bytes) -> bytes:
+        # A heartbeat is heard, and a reconnection time holds, before the event's blank line.
+        kept = []
+        for line in lines.splitlines(keepends=True):
+            if line.startswith(b":"):
+                self._hear(line.decode("utf-8", "replace")[1:-1])
+                self._unfinished_bytes -= len(line)
+            else:
+                self._retry(line.decode("utf-8", "replace")[:-1], None)
+                kept.append(line)
+        return b"".join(kept)
+
+    def _read_blocks(self, blocks: list[str], events: list[ServerSentEvent]) -> None:
+        # The hottest lines of the parser (benchmarks/parse.py). Almost all events have their data
+        # last, as ours do, and are read without a look at each of their lines.
+        blocks.pop()
         for block in blocks:
-            # The hottest lines of the parser (benchmarks/parse.py). Almost all events have their
-            # data last, as ours do, and are read without a look at each of their lines.
             if block.startswith("data: "):
                 data, type = block[6:], None
-            elif head := _head(block):
+            elif head := self._usual_head(block):
                 id, type = head.groups()
                 data = block[head.end() :]
                 if id is not None:
@@ -178,57 +214,40 @@ class EventStreamParser:
                     continue
                 data = data.replace("\ndata: ", "\n")
             events.append(_new_event(ServerSentEvent, (data, type or "message", self._id, None)))
-        if blocks:
-            self._last_event_id = self._id or ""
-        if unfinished:
-            self._read_fields(unfinished[:-1], events)
+        self._last_event_id = self._id or ""
 
     def _read_block(self, block: str, events: list[ServerSentEvent]) -> None:
-        self._read_fields(block, events)
-        self._dispatch(events)
-
-    def _read_fields(self, lines: str, events: list[ServerSentEvent]) -> None:
-        for line in lines.split("\n"):
-            name, _, value = line.partition(": ")
+        data: list[str] = []
+        type, retry = "", None
+        for line in block.split("\n"):
+            name, colon, value = line.partition(":")
+            value = value.removeprefix(" ")
             if name == "data":
-                self._data.append(value)
+                data.append(value)
             elif name == "event":
-                self._type = value
+                type = value
             elif name == "id" and "\0" not in value:
                 self._id = value
-            elif line:
-                self._read_unusual_field(line)
-            else:
-                self._dispatch(events)
+            elif name == "retry":
+                retry = self._retry(line, retry)
+            elif colon and not name:
+                self._hear(line[1:])
+        if data:
+            text = "\n".join(data)
+            events.append(_new_event(ServerSentEvent, (text, type or "message", self._id, retry)))
 
-    def _read_unusual_field(self, line: str) -> None:
-        name, _, value = line.partition(":")
-        if not name and self._on_comment is not None:
-            self._on_comment(value)
-        value = value.removeprefix(" ")
-        if name == "data":
-            self._data.append(value)
-        elif name == "event":
-            self._type = value
-        elif name == "id" and "\0" not in value:
-            self._id = value
-        elif name == "retry" and value.isascii() and value.isdigit():
-            self._read_retry(value)
+    def _hear(self, comment: str) -> None:
+        if self._on_comment is not None:
+            self._on_comment(comment)
 
-    def _read_retry(self, digits: str) -> None:
+    def _retry(self, line: str, otherwise: int | None) -> int | None:
+        field = _retry_field(line)
+        if field is None:
+            return otherwise
         try:
-            self._retry = self._reconnection_time = int(digits)
+            self._reconnection_time = int(field[1])
         except ValueError:
             # More digits than Python converts: no client waits for that long, so it is ignored
             # like any other value that cannot be used.
-            return
-
-    def _dispatch(self, events: list[ServerSentEvent]) -> None:
-        self._last_event_id = self._id or ""
-        if self._data:
-            data = "\n".join(self._data)
-            fields = (data, self._type or "message", self._id, self._retry)
-            events.append(_new_event(ServerSentEvent, fields))
-            self._data.clear()
-        self._type = ""
-        self._retry = None
+            return otherwise
+        return self._reconnection_time

@@ -8,6 +8,7 @@ waits in the thread or greenlet that serves it. Nothing outside this file knows 
 from __future__ import annotations
 
 import contextvars
+import json
 import random
 import sys
 import time
@@ -204,9 +205,15 @@ def cursor() -> str | None:
 def json_dumps() -> Callable[[Any], str]:
     """Return the JSON encoder of the current app, without NaN, which browsers cannot parse."""
     provider = current_app.json
-    if isinstance(provider, DefaultJSONProvider):
-        return partial(provider.dumps, allow_nan=False)
-    return provider.dumps
+    if not isinstance(provider, DefaultJSONProvider) or _has_own_dumps(provider):
+        return provider.dumps
+    # What its dumps() does, which makes a new encoder for each value: a third of an item's time.
+    return json.JSONEncoder(
+        allow_nan=False,
+        default=provider.default,
+        ensure_ascii=provider.ensure_ascii,
+        sort_keys=provider.sort_keys,
+    ).encode
 
 
 def jittered(value: float) -> float:
@@ -231,6 +238,11 @@ def carry_context(function: Callable[[], None]) -> Callable[[], None]:
         function()
 
     return partial(context.run, run)
+
+
+def _has_own_dumps(provider: DefaultJSONProvider) -> bool:
+    is_overridden = provider.__class__.dumps is not DefaultJSONProvider.dumps
+    return is_overridden or "dumps" in vars(provider)
 
 
 def _max_event_bytes() -> int:
