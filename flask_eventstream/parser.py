@@ -92,10 +92,9 @@ class EventStreamParser:
             complete before it are returned first; then every further call raises.
         """
         events: list[ServerSentEvent] = []
-        if self._is_between_events:
+        if self._is_between_events and len(chunk) <= self._max_bytes:
             # What a live stream brings: whole events, or a heartbeat.
-            is_whole = chunk.endswith(b"\n\n") and b"\r" not in chunk
-            if is_whole and len(chunk) <= self._max_bytes:
+            if chunk.endswith(b"\n\n") and b"\r" not in chunk:
                 self._read_blocks(chunk.decode("utf-8", "replace").split("\n\n"), events)
                 return events
             if chunk == HEARTBEAT:

@@ -92,6 +92,7 @@ def cut(stream: bytes, at: list[int]) -> list[bytes]:
 @example(b"data: x\n\n" * 3, [9], 8)
 @example(b"data: x\n\ndata: yy\n\n", [], 8)
 @example(b"\ndata: x\n", [1], 8)
+@example(b"data: x\n\n:\n", [9], 1)
 def test_the_events_do_not_depend_on_the_chunks(
     stream: bytes, at: list[int], max_bytes: int
 ) -> None:
