@@ -142,7 +142,7 @@ class SubscriptionBody:
         self._beats = 0
         lifetime = float("inf") if max_lifetime is None else jittered(max_lifetime)
         self._end = time.monotonic() + lifetime
-        self._on_close: Callable[[SubscriptionBody], None] | None = on_close
+        self._on_close = [on_close]
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -162,9 +162,12 @@ class SubscriptionBody:
     def close(self) -> None:
         """End the subscription; from any thread, more than once."""
         self._subscription.close()
-        on_close, self._on_close = self._on_close, None
-        if on_close is not None:
-            on_close(self)
+        try:
+            on_close = self._on_close.pop()
+        except IndexError:
+            # To pop is one step, so that of many threads that close at once only one tells it.
+            return
+        on_close(self)
 
 
 def merge(*sources: Iterable[Any]) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -68,6 +69,26 @@ def test_who_rings_while_the_waker_works_gets_another_round() -> None:
     waker.start()
     wait_for(lambda: waker._bell is None, what="the waker to end")
     assert len(rounds) == 2
+
+
+class Forked:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def call(self) -> None:
+        self.calls += 1
+
+
+def test_a_forked_child_calls_what_is_still_alive() -> None:
+    alive, dead = Forked(), Forked()
+    concurrency.call_after_fork(alive.call)
+    concurrency.call_after_fork(dead.call)
+    del dead
+    child = os.fork()
+    if child == 0:
+        os._exit(alive.calls)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert alive.calls == 0
 
 
 PATCHED = """

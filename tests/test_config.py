@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from flask_eventstream.config import Config
+from flask_eventstream.config import Config, check_seconds
 from flask_eventstream.errors import ConfigurationError
 
 
@@ -37,7 +37,7 @@ BAD: dict[str, list[Any]] = {
     "BROKER_URL": [None, 7],
     "HISTORY": [None, -1, "3", True, 1.5],
     "HISTORY_SECONDS": [None, 0, "3", True],
-    "HEARTBEAT": [None, 0, -1, "15", True, float("nan")],
+    "HEARTBEAT": [None, 0, -1, "15", True, float("nan"), float("inf")],
     "RETRY": [None, -1, "3", True, 1.5],
     "MAX_EVENT_BYTES": [None, 0, "3"],
     "MAX_CHANNELS": [None, 0, "3"],
@@ -54,3 +54,9 @@ def test_a_value_that_cannot_be_used_is_an_error_that_names_the_key(key: str, va
     with pytest.raises(ConfigurationError, match=f"EVENTSTREAM_{key}=") as caught:
         Config.read({f"EVENTSTREAM_{key}": value})
     assert caught.value.field == f"EVENTSTREAM_{key}"
+
+
+def test_seconds_elsewhere_are_checked_alike() -> None:
+    check_seconds("pause", 0.5)
+    with pytest.raises(ConfigurationError, match="pause=0 must be a number of seconds"):
+        check_seconds("pause", 0)

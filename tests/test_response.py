@@ -28,7 +28,7 @@ from flask_eventstream import (
     merge,
 )
 from flask_eventstream.errors import ConfigurationError
-from flask_eventstream.response import cursor, jittered
+from flask_eventstream.response import SubscriptionBody, cursor, jittered
 from flask_eventstream.testing import client_stream
 
 from .servers import wait_for
@@ -110,6 +110,11 @@ def test_a_stream_of_nothing_is_an_end(serve: Respond, heartbeat: float | None) 
 def test_json_is_the_apps_own(app: Flask, serve: Respond) -> None:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     assert serve(lambda: [{"b": 1, "a": 2}]).get("/").text.startswith('data: {"b": 1, "a": 2}')
+
+
+def test_a_json_provider_that_dumps_in_its_own_way_does_so(app: Flask, serve: Respond) -> None:
+    app.json.dumps = lambda value, **options: f"<{value}>"  # type: ignore[method-assign]
+    assert serve(lambda: [{"a": 1}]).get("/").text.startswith("data: <{'a': 1}>")
 
 
 @pytest.mark.parametrize("stream", ["text", b"bytes", {"a": 1}])
@@ -394,6 +399,18 @@ def test_events_that_are_pending_leave_together(
         wire = [f"id: {eventstream.publish(str(n))}\ndata: {n}\n\n" for n in range(100)]
     assert next(chunks).decode() == "".join(wire)
     answer.close()
+
+
+def test_a_body_that_is_closed_by_many_threads_tells_it_once(app: Flask) -> None:
+    closed: list[SubscriptionBody] = []
+    subscription = app.extensions["eventstream"].broker.subscribe()
+    body = SubscriptionBody(subscription, b"", 15, None, closed.append)
+    threads = [threading.Thread(target=body.close) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert closed == [body]
 
 
 def test_a_stream_ends_after_its_lifetime(make_app: Callable[..., Flask]) -> None:

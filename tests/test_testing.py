@@ -31,6 +31,7 @@ def test_an_endless_stream_is_read_with_a_deadline_and_left(
             id = eventstream.publish("x")
         assert stream.next(timeout=1).data == "x"
         assert stream.last_event_id == id
+        assert stream.reconnection_time is not None
         with pytest.raises(TimeoutError, match=r"nothing came from /stream for 0\.01 s"):
             stream.next(timeout=0.01)
     assert app.extensions["eventstream"].broker.subscriber_count() == 0
