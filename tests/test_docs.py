@@ -1,0 +1,297 @@
+"""The documentation: it builds, its examples run, it leaves nothing out, its nginx works."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import closing, contextmanager
+from dataclasses import fields
+from http.client import HTTPConnection, HTTPResponse, IncompleteRead
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import flask_eventstream
+from flask_eventstream import EventStreamParser, errors, signals
+from flask_eventstream.config import Config
+from flask_eventstream.testing import client_stream
+
+from .browser import chromium
+from .servers import ROOT, Server, free_port, running, serving, system_part, wait_for
+from .test_clients import publish, state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from flask import Flask
+
+    from flask_eventstream import ServerSentEvent
+
+DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text("utf-8")
+NGINX = (DOCS / "nginx.conf").read_text("utf-8")
+READ_TIMEOUT = 1.0
+# Nothing here should take a second; it is what a held-back event is told by.
+AT_ONCE = 5.0
+
+
+# Sphinx
+
+
+@pytest.mark.parametrize("builder", ["html", "doctest"])
+def test_the_docs_build_without_warnings_and_their_examples_run(
+    builder: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-E", "-q", "-b", builder]
+    options = ["-d", str(tmp_path / "doctrees"), str(DOCS), str(tmp_path / builder)]
+    built = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert built.stderr == ""
+
+
+def test_every_key_of_the_configuration_is_documented_with_its_default() -> None:
+    page = (DOCS / "configuration.rst").read_text("utf-8")
+    rows = {row.split("``")[1]: row for row in page.split("   * - ")[1:] if "``" in row}
+    expected = {f"EVENTSTREAM_{field.name.upper()}": field.default for field in fields(Config)}
+    assert rows.keys() == expected.keys()
+    for key, default in expected.items():
+        assert rows[key].split("     - ")[2].strip().strip("`") == str(default)
+
+
+def test_every_public_name_is_documented() -> None:
+    page = (DOCS / "api.rst").read_text("utf-8")
+    directives = r"^\.\. auto(?:class|exception|function|data):: ([\w.]+)"
+    documented = {name.rpartition(".")[2] for name in re.findall(directives, page, re.MULTILINE)}
+    public_errors = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert not {*flask_eventstream.__all__, *public_errors} - documented
+    sent = {name for name, value in vars(signals).items() if hasattr(value, "connect")}
+    assert sent
+    assert all(f"``{name}``" in str(signals.__doc__) for name in sent)
+
+
+# README
+
+
+@pytest.fixture
+def readme_app() -> Flask:
+    """Run the Python of README, block after block."""
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, namespace)
+    app: Flask = namespace["app"]
+    return app
+
+
+def test_the_app_of_the_readme_publishes_to_every_subscriber(readme_app: Flask) -> None:
+    client = readme_app.test_client()
+    with client_stream(client, "/stream") as one, client_stream(client, "/stream") as two:
+        id = json.loads(client.post("/greet").text)["id"]
+        events = [one.next(), two.next()]
+    assert {(event.type, event.data, event.id) for event in events} == {
+        ("greeting", '{"text": "Hello!"}', id)
+    }
+
+
+def test_the_generator_of_the_readme_streams_its_items(readme_app: Flask) -> None:
+    with client_stream(readme_app.test_client(), "/count/3") as stream:
+        assert [event.data for event in stream] == ['{"n": 1}', '{"n": 2}', '{"n": 3}', "{}"]
+
+
+def test_the_page_of_the_readme_prints_what_the_readme_says(tmp_path: Path) -> None:
+    [app] = re.findall(r"as `app.py`:\n\n```python\n(.*?)```", README, re.DOTALL)
+    [printed] = re.findall(r"Both tabs print\n\n```\n(.*?)\n```", README, re.DOTALL)
+    (tmp_path / "readme_app.py").write_text(app, "utf-8")
+    path = f"--pythonpath={tmp_path}"
+    with serving("readme_app:app", "gthread", "--threads=4", path) as server, chromium() as browser:
+        page = browser.new_page()
+        with page.expect_response(f"{server.url}/stream"):
+            page.goto(server.url)
+        page.request.post(f"{server.url}/greet")
+        page.wait_for_function("document.body.innerText")
+        assert page.inner_text("body") == printed
+
+
+def test_every_link_of_the_readme_leads_to_a_file() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert links
+    assert all((ROOT / link).is_file() for link in links)
+
+
+# nginx
+
+
+class Reader:
+    """What a client receives of an event stream, as it comes."""
+
+    def __init__(self, answer: HTTPResponse) -> None:
+        self.headers = answer.headers
+        self._answer = answer
+        self._events: deque[ServerSentEvent] = deque()
+        self._parser = EventStreamParser()
+
+    def chunk(self) -> bytes:
+        return self._answer.read1()
+
+    def event(self) -> ServerSentEvent:
+        while not self._events:
+            chunk = self.chunk()
+            assert chunk, "the stream has ended"
+            self._events.extend(self._parser.feed(chunk))
+        return self._events.popleft()
+
+
+@contextmanager
+def reading(server: Server, timeout: float = AT_ONCE) -> Iterator[Reader]:
+    """Read the stream of a server; what does not come in time is an error (seconds)."""
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=timeout)) as connection:
+        connection.request("GET", "/stream", headers={"Accept-Encoding": "gzip"})
+        with connection.getresponse() as answer:
+            yield Reader(answer)
+
+
+def replaced(text: str, *pairs: tuple[str, str]) -> str:
+    for old, new in pairs:
+        assert old in text, f"docs/nginx.conf has no {old!r} any more"
+        text = text.replace(old, new)
+    return text
+
+
+@contextmanager
+def nginx(home: Path, app_port: int, *changes: tuple[str, str]) -> Iterator[Server]:
+    """Run nginx with the configuration of the docs: its ports, paths and one timeout replaced."""
+    port = free_port()
+    temporary = [f"{part}_temp_path {part};" for part in ("client_body", "proxy", "fastcgi")]
+    temporary += ["uwsgi_temp_path uwsgi;", "scgi_temp_path scgi;"]
+    config = replaced(
+        NGINX,
+        *changes,
+        ("http {", f"http {{ access_log off; {' '.join(temporary)}"),
+        ("listen 80;", f"listen 127.0.0.1:{port};"),
+        ("server 127.0.0.1:8000;", f"server 127.0.0.1:{app_port};"),
+        ("proxy_read_timeout 60s;", f"proxy_read_timeout {READ_TIMEOUT:.0f}s;"),
+    )
+    (home / "nginx.conf").write_text(config, "utf-8")
+    own = "daemon off; pid nginx.pid; error_log stderr;"
+    command = [system_part("nginx"), "-p", str(home), "-c", "nginx.conf", "-e", "stderr", "-g", own]
+    with running(command, port) as server:
+        yield server
+
+
+@contextmanager
+def app(heartbeat: float) -> Iterator[Server]:
+    with serving(
+        f"tests.apps:create_app({{'EVENTSTREAM_HEARTBEAT': {heartbeat}}})", "gevent"
+    ) as it:
+        wait_for(lambda: state(it), what="the worker to answer")
+        yield it
+
+
+def test_through_nginx_each_event_arrives_at_once(tmp_path: Path) -> None:
+    # No heartbeat pushes anything through: what arrives has come by itself.
+    with app(heartbeat=60) as server, nginx(tmp_path, server.port) as proxy:
+        start = time.monotonic()
+        with reading(proxy) as reader:
+            assert reader.chunk().startswith(b":\nretry: ")
+            for n in range(3):
+                id = publish(server, {"n": n})
+                event = reader.event()
+                assert (event.id, event.data) == (id, f'{{"n": {n}}}')
+        assert time.monotonic() - start < READ_TIMEOUT
+        assert "Content-Encoding" not in reader.headers
+
+
+def test_through_nginx_heartbeats_keep_a_silent_stream_open(tmp_path: Path) -> None:
+    with app(heartbeat=0.3) as server, nginx(tmp_path, server.port) as proxy:
+        with reading(proxy) as reader:
+            start = time.monotonic()
+            while time.monotonic() - start < 2.5 * READ_TIMEOUT:
+                assert reader.chunk(), "nginx has cut the stream"
+            publish(server, "still here")
+            assert reader.event().data == "still here"
+
+
+def test_nginx_cuts_a_stream_that_is_silent_for_longer_than_its_timeout(tmp_path: Path) -> None:
+    with app(heartbeat=60) as server, nginx(tmp_path, server.port) as proxy:
+        with reading(proxy) as reader:
+            assert reader.chunk()
+            with pytest.raises(IncompleteRead):
+                reader.chunk()
+
+
+def test_a_client_that_leaves_nginx_is_noticed_by_the_app(tmp_path: Path) -> None:
+    with app(heartbeat=0.3) as server, nginx(tmp_path, server.port) as proxy:
+        with reading(proxy) as reader:
+            assert reader.chunk()
+            assert state(server)["subscribers"] == 1
+        wait_for(lambda: state(server)["subscribers"] == 0, what="nobody to be subscribed")
+
+
+def test_without_two_of_the_directives_nginx_would_hold_events_back(tmp_path: Path) -> None:
+    # Where the app's own X-Accel-Buffering does not arrive, and the site compresses everything.
+    site = "gzip on; gzip_types *; gzip_proxied any; proxy_ignore_headers X-Accel-Buffering; server"
+    compressing = ("server {", f"{site} {{")
+    without = [("proxy_buffering off;", ""), ("gzip off;", "")]
+    with app(heartbeat=60) as server:
+        with nginx(tmp_path, server.port, compressing) as proxy, reading(proxy) as reader:
+            assert reader.chunk().startswith(b":\nretry: ")
+        with nginx(tmp_path, server.port, compressing, *without) as proxy:
+            with pytest.raises(TimeoutError), reading(proxy, timeout=READ_TIMEOUT / 2) as reader:
+                reader.chunk()
+
+
+@pytest.mark.parametrize(
+    ("without", "asked"),
+    [
+        ([], b"HTTP/1.1, connection: "),
+        ([("proxy_http_version 1.1;", "proxy_http_version 1.0;")], b"HTTP/1.0, connection: "),
+        ([('proxy_set_header Connection "";', "")], b"HTTP/1.1, connection: close"),
+    ],
+)
+def test_nginx_asks_the_app_for_a_connection_that_stays(
+    tmp_path: Path, without: list[tuple[str, str]], asked: bytes
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as upstream:
+        upstream.settimeout(AT_ONCE)
+        with nginx(tmp_path, upstream.getsockname()[1], *without) as proxy:
+            client = socket.create_connection(("127.0.0.1", proxy.port), timeout=AT_ONCE)
+            client.sendall(b"GET /stream HTTP/1.1\r\nHost: test\r\n\r\n")
+            connection, _ = upstream.accept()
+            with client, connection:
+                request = connection.recv(4096)
+    version = request.partition(b"\r\n")[0].split()[-1]
+    found = re.search(rb"(?i)\r\nconnection: ?(\w*)", request)
+    assert version + b", connection: " + (found[1] if found else b"") == asked
+
+
+def children(server: Server) -> list[int]:
+    pid = server.process.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("version", "is_told"), [("proxy_http_version 1.1;", True), ("proxy_http_version 1.0;", False)]
+)
+def test_a_browser_is_told_of_a_broken_stream_only_with_http_1_1(
+    tmp_path: Path, version: str, is_told: bool
+) -> None:
+    change = ("proxy_http_version 1.1;", version)
+    with app(heartbeat=60) as server, nginx(tmp_path, server.port, change) as proxy:
+        with reading(proxy) as reader:
+            assert reader.chunk()
+            [worker] = children(server)
+            os.kill(worker, signal.SIGKILL)
+            if is_told:
+                with pytest.raises(IncompleteRead):
+                    reader.chunk()
+            else:
+                assert reader.chunk() == b""
