@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import doctest
 from importlib.metadata import version as installed_version
 
 project = "flask_eventstream"
@@ -14,10 +15,16 @@ default_role = "code"
 html_theme = "furo"
 html_title = f"flask_eventstream {release}"
 html_copy_source = False
+html_show_copyright = False
+# The name is one long word, which would be broken.
+html_static_path = ["_static"]
+html_css_files = ["name.css"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 
+# Without IGNORE_EXCEPTION_DETAIL, which is a default: the messages are a part of what is shown.
+doctest_default_flags = doctest.ELLIPSIS | doctest.DONT_ACCEPT_TRUE_FOR_1
 # What every example has at hand. Each page runs in a namespace of its own.
 doctest_test_doctest_blocks = ""
 doctest_global_setup = """
