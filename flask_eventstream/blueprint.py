@@ -10,12 +10,13 @@ from weakref import WeakSet
 from flask import Blueprint, Flask, current_app, request
 
 from . import access
+from .body import SubscriptionBody, jittered
 from .broker import DEFAULT_CHANNEL, Broker, channel_names
 from .config import Config
 from .errors import ConfigurationError, NotRegisteredError, TooLargeError
 from .event import ServerSentEvent, encode_comment
 from .memory_broker import MemoryBroker
-from .response import EventStreamResponse, SubscriptionBody, cursor, jittered, json_dumps
+from .response import EventStreamResponse, cursor, json_dumps
 from .signals import event_published, subscriber_connected, subscriber_disconnected
 
 if TYPE_CHECKING:

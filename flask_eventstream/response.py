@@ -1,17 +1,15 @@
 """The HTTP response that carries an event stream, and the road that its bytes take.
 
-Two kinds of body stand behind it. A generator sends what a view produces to the one
-client that asked. :class:`SubscriptionBody` sends what a subscription has to get: here each one
-waits in the thread or greenlet that serves it. Nothing outside this file knows of that.
+Two kinds of body stand behind it. A generator sends what a view produces to the one client that
+asked. A :class:`SubscriptionBody` sends what a subscription has to get. Nothing outside this file
+knows which road it takes.
 """
 
 from __future__ import annotations
 
 import contextvars
 import json
-import random
 import sys
-import time
 import traceback
 from collections.abc import Mapping
 from functools import partial
@@ -30,6 +28,7 @@ from flask import (
 )
 from flask.json.provider import DefaultJSONProvider
 
+from .body import Silence, SubscriptionBody
 from .config import check_seconds
 from .event import HEARTBEAT, MAX_EVENT_BYTES
 from .format import FINISHED_ID, StreamFormat, stream_format
@@ -37,8 +36,6 @@ from .producer import END, NOTHING, Producers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
-
-    from .broker import Subscription
 
 HEADERS = {
     # no-transform: a proxy that compresses would hold events back until its buffer is full.
@@ -52,8 +49,6 @@ ON_SUBSCRIBED_KEY = "eventstream.on_subscribed"
 
 A test client has one: it must end a body that waits on another thread.
 """
-
-_PROBE_SECONDS = 1.0
 
 
 class EventStreamResponse(Response):
@@ -111,65 +106,6 @@ class EventStreamResponse(Response):
         self.call_on_close(partial(_close, to_close))
 
 
-class SubscriptionBody:
-    """The body of a subscriber's response: waits for events in the thread that serves it.
-
-    It holds no context of a request or app, which would pin what such contexts hold (a database
-    connection) for as long as the client stays.
-
-    :param subscription: what the client has to get.
-    :param start: the first bytes, sent at once.
-    :param heartbeat: the longest silence, in seconds.
-    :param max_lifetime: after how many seconds it ends, jittered by 20 %; ``None`` for never.
-    :param on_close: called once with this body, when the subscription is off the books.
-    """
-
-    def __init__(
-        self,
-        subscription: Subscription,
-        start: bytes,
-        heartbeat: float,
-        max_lifetime: float | None,
-        on_close: Callable[[SubscriptionBody], None],
-    ) -> None:
-        self._subscription = subscription
-        self._start = start
-        # The first write to a client that has left succeeds, and only makes its machine answer
-        # with a reset; the second one fails. So heartbeats come in pairs, of which the second ends
-        # the interval.
-        self._probe = min(_PROBE_SECONDS, heartbeat / 2)
-        self._pauses = (heartbeat - self._probe, self._probe)
-        self._beats = 0
-        lifetime = float("inf") if max_lifetime is None else jittered(max_lifetime)
-        self._end = time.monotonic() + lifetime
-        self._on_close = [on_close]
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        if self._start:
-            start, self._start = self._start, b""
-            return start
-        pause = min(self._pauses[self._beats % 2], self._end - time.monotonic())
-        events = None if pause <= 0 else self._subscription.take(pause)
-        if events is None:
-            self.close()
-            raise StopIteration
-        self._beats = 0 if events else self._beats + 1
-        return events or HEARTBEAT
-
-    def close(self) -> None:
-        """End the subscription; from any thread, more than once."""
-        self._subscription.close()
-        try:
-            on_close = self._on_close.pop()
-        except IndexError:
-            # To pop is one step, so that of many threads that close at once only one tells it.
-            return
-        on_close(self)
-
-
 def merge(*sources: Iterable[Any]) -> Iterator[Any]:
     """Yield the items of several iterables in the order in which they come.
 
@@ -217,11 +153,6 @@ def json_dumps() -> Callable[[Any], str]:
         ensure_ascii=provider.ensure_ascii,
         sort_keys=provider.sort_keys,
     ).encode
-
-
-def jittered(value: float) -> float:
-    """Return a value within 20 % of the given one, so that many clients do not act at once."""
-    return value * random.uniform(0.8, 1.2)
 
 
 def carry_context(function: Callable[[], None]) -> Callable[[], None]:
@@ -298,10 +229,11 @@ def _with_heartbeats(
 ) -> Generator[bytes, None, None]:
     report = copy_current_request_context(_report)
     producers = Producers([items], carry_context)
+    silence = Silence(heartbeat)
     has_started = False
     try:
-        while (wire := producers.get(heartbeat)) is not END:
-            yield HEARTBEAT if wire is NOTHING else wire
+        while (wire := producers.get(silence.pause)) is not END:
+            yield silence.broken_by(HEARTBEAT if wire is NOTHING else wire)
             has_started = True
     except Exception as error:
         # Only what fails before the first item gets here, and the head may have left by then.

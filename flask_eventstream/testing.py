@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from werkzeug.datastructures import Headers
     from werkzeug.test import TestResponse
 
+    from .body import SubscriptionBody
     from .event import ServerSentEvent
-    from .response import SubscriptionBody
 
 _END = object()
 

@@ -29,6 +29,12 @@ def silent() -> Iterator[int]:
     yield from interval(0.4)
 
 
+@eventstream.stream("/mute", heartbeat=2)
+def mute() -> Iterator[int]:
+    yield 0
+    yield from interval(3600)
+
+
 @eventstream.stream("/merged")
 def merged() -> Iterator[int]:
     yield from merge(interval(0.1), interval(0.3))

@@ -28,7 +28,7 @@ from flask_eventstream import (
     merge,
 )
 from flask_eventstream.errors import ConfigurationError
-from flask_eventstream.response import SubscriptionBody, cursor, jittered
+from flask_eventstream.response import cursor
 from flask_eventstream.testing import client_stream
 
 from .servers import wait_for
@@ -399,31 +399,6 @@ def test_events_that_are_pending_leave_together(
         wire = [f"id: {eventstream.publish(str(n))}\ndata: {n}\n\n" for n in range(100)]
     assert next(chunks).decode() == "".join(wire)
     answer.close()
-
-
-def test_a_body_that_is_closed_by_many_threads_tells_it_once(app: Flask) -> None:
-    closed: list[SubscriptionBody] = []
-    subscription = app.extensions["eventstream"].broker.subscribe()
-    body = SubscriptionBody(subscription, b"", 15, None, closed.append)
-    threads = [threading.Thread(target=body.close) for _ in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert closed == [body]
-
-
-def test_a_stream_ends_after_its_lifetime(make_app: Callable[..., Flask]) -> None:
-    app = make_app(MAX_LIFETIME=0.05)
-    with client_stream(app.test_client(), "/stream") as stream:
-        assert list(stream) == []
-    assert app.extensions["eventstream"].broker.subscriber_count() == 0
-
-
-def test_jitter_stays_within_a_fifth() -> None:
-    values = [jittered(100) for _ in range(1000)]
-    assert 80 <= min(values) < 85
-    assert 115 < max(values) <= 120
 
 
 @pytest.fixture
