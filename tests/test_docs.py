@@ -75,6 +75,12 @@ def test_every_public_name_is_documented() -> None:
     assert all(f"``{name}``" in str(signals.__doc__) for name in sent)
 
 
+def test_every_room_is_in_the_design() -> None:
+    page = (DOCS / "design.rst").read_text("utf-8")
+    rooms = {path.stem for path in (ROOT / "flask_eventstream").glob("[a-z]*.py")}
+    assert not {room for room in rooms if f"``{room}``" not in page}
+
+
 # README
 
 
