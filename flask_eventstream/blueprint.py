@@ -195,7 +195,7 @@ class EventStream(Blueprint):
     def disconnect(self, channel: str) -> int:
         """End every stream that reads a channel, and return how many there were.
 
-        Browsers reconnect at once, and are asked for their rights anew.
+        Browsers reconnect after their ``retry``, and are asked for their rights anew.
         """
         return _state().broker.disconnect(channel)
 

@@ -31,9 +31,9 @@ class Broker(ABC):
     *Order.* A broker puts all its events into one sequence. A subscriber gets the events of its
     channels in that order, each once, even if one was published to several of its channels.
 
-    *Cost.* ``publish`` takes the same time with one subscriber and with 10,000: it encodes the
-    event, appends it, rings a bell, and returns. It never waits for a subscriber and never fails
-    because of one.
+    *Cost.* ``publish`` does the same work for one subscriber and for 10,000: it encodes the event,
+    appends it, rings a bell, and returns. It never waits for a subscriber and never fails because
+    of one.
 
     *Loss.* Within a subscription nothing is left out. One that falls behind what is kept ends,
     and its client returns with a cursor. A cursor gives exactly what came after it, or a

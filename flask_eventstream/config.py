@@ -64,7 +64,8 @@ class Config:
         descriptors less a reserve.
     :param max_lifetime: after how many seconds a subscriber's stream ends, jittered by 20 %; never
         by default.
-    :param max_lag: how long a subscriber may take nothing before it can fall behind, in seconds.
+    :param max_lag: for how many seconds events beyond the history are kept for subscribers that are
+        connected. One that takes nothing for longer may have fallen behind; then its stream ends.
     """
 
     broker_url: str = "memory://"

@@ -40,13 +40,12 @@ class MemoryBroker(Broker):
     :param history: how many events of a channel are kept for clients that return; 256 by default.
     :param history_seconds: and for how long, in seconds; 300 by default.
     :param max_event_bytes: the largest event accepted, in bytes on the wire; 1 MiB by default.
-    :param max_lag: how long a connected subscriber may take no byte before it can fall behind, in
-        seconds; 30 by default.
+    :param max_lag: for how many seconds events beyond ``history`` are kept for subscribers that are
+        connected; 30 by default.
     :param clock: a clock in seconds that never goes back; :func:`time.monotonic` by default.
 
-    Events of the last ``max_lag`` seconds stay available to connected subscribers beyond
-    ``history``, up to four times ``max_event_bytes`` for each channel. A channel without
-    subscribers and without events in its history is forgotten.
+    What is kept beyond ``history`` is at most four times ``max_event_bytes`` for each channel. A
+    channel without subscribers and without events in its history is forgotten.
 
     >>> broker = MemoryBroker()
     >>> subscription = broker.subscribe("news")
