@@ -14,7 +14,7 @@ import re
 from typing import TYPE_CHECKING
 
 from .errors import TooLargeError
-from .event import HEARTBEAT, ServerSentEvent
+from .event import ServerSentEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 # Fields that were read are valid by their syntax; the constructor would check them again.
 _new_event = tuple.__new__
 _BOM = b"\xef\xbb\xbf"
+# An event with its fields in an order that servers use; what is left of its lines; any other block.
 # In a pattern without DOTALL, "." is anything but LF: just what a field's value may hold.
-_USUAL_HEAD = r"(?:id: ([^\n\0]*)\n)?(?:event: (.*)\n)?data: "
-_usual_head = re.compile(_USUAL_HEAD).match
+_EVENT = r"(id: ?[^\n\0]*\n)?(?:event: ?(.*)\n)?data: ?(.*(?:\ndata: .*)*)"
+_REST = r"(\nid: ?[^\n\0]*)?((?:\n.+)*)"
+_OTHER = r"((?:.+|\n.+)(?:\n.+)*)"
+_HEARTBEATS = r"(?::\n)*"
+_blocks = re.compile(rf"(?:{_EVENT}{_REST}|{_OTHER})\n\n").findall
+_blocks_without_heartbeats = re.compile(rf"(?:{_HEARTBEATS}{_EVENT}{_REST}|{_OTHER})\n\n").findall
 _retry_field = re.compile(r"retry: ?([0-9]+)").fullmatch
 _READ_AT_ONCE = (b":", b"retry")
-_usual_head_after_heartbeats = re.compile(r"(?::\n)*" + _USUAL_HEAD).match
 
 
 class EventStreamParser:
@@ -58,7 +62,7 @@ class EventStreamParser:
         self._max_bytes = max_bytes
         self._on_comment = on_comment
         # Comments that nobody asks for need no look of their own.
-        self._usual_head = _usual_head if on_comment else _usual_head_after_heartbeats
+        self._blocks = _blocks if on_comment else _blocks_without_heartbeats
         self._last_event_id = last_event_id
         self._id: str | None = last_event_id or None
         self._reconnection_time: int | None = None
@@ -91,15 +95,10 @@ class EventStreamParser:
         :raises TooLargeError: if an unfinished event is larger than ``max_bytes``. Events that were
             complete before it are returned first; then every further call raises.
         """
+        is_whole = self._is_between_events and chunk.endswith(b"\n\n") and b"\r" not in chunk
+        if is_whole and len(chunk) <= self._max_bytes:
+            return self._read_whole(chunk)
         events: list[ServerSentEvent] = []
-        if self._is_between_events and len(chunk) <= self._max_bytes:
-            # What a live stream brings: whole events, or a heartbeat.
-            if chunk.endswith(b"\n\n") and b"\r" not in chunk:
-                self._read_blocks(chunk.decode("utf-8", "replace").split("\n\n"), events)
-                return events
-            if chunk == HEARTBEAT:
-                self._hear("")
-                return events
         if self._bom is not None:
             chunk = self._without_bom(self._bom, chunk)
         if self._after_cr or b"\r" in chunk:
@@ -110,6 +109,15 @@ class EventStreamParser:
             self._is_between_events = not is_in_line
         if self._error is not None and not events:
             raise self._error
+        return events
+
+    def _read_whole(self, chunk: bytes) -> list[ServerSentEvent]:
+        # What a live stream brings is one event a chunk, as a rule (benchmarks/parse.py).
+        if chunk.startswith(b"data: ") and chunk.find(b"\n") == len(chunk) - 2:
+            text = chunk[6:-2].decode("utf-8", "replace")
+            return [_new_event(ServerSentEvent, (text, "message", self._id, None))]
+        events: list[ServerSentEvent] = []
+        self._read_events(chunk.decode("utf-8", "replace"), events)
         return events
 
     def _without_bom(self, start: bytes, chunk: bytes) -> bytes:
@@ -137,7 +145,7 @@ class EventStreamParser:
         if end == 1:
             end = 1 if chunk.startswith(b"\n") and not self._line else 0
         if end:
-            self._read_blocks(self._finished(chunk[:end]), events)
+            self._read_events(self._finished(chunk[:end]), events)
         if end < len(chunk):
             self._keep(chunk[end:])
 
@@ -149,7 +157,7 @@ class EventStreamParser:
                 self._fail(self._unfinished_bytes + len(line))
                 return
             if is_blank:
-                self._read_blocks(self._finished(line), events)
+                self._read_events(self._finished(line), events)
             else:
                 self._keep(line)
 
@@ -160,13 +168,13 @@ class EventStreamParser:
         self._lines.clear()
         self._line.clear()
 
-    def _finished(self, chunk: bytes) -> list[str]:
+    def _finished(self, chunk: bytes) -> str:
         if self._unfinished_bytes:
             chunk = b"".join([*self._lines, *self._line, chunk])
             self._lines.clear()
             self._line.clear()
             self._unfinished_bytes = 0
-        return chunk.decode("utf-8", "replace").split("\n\n")
+        return chunk.decode("utf-8", "replace")
 
     def _keep(self, rest: bytes) -> None:
         self._unfinished_bytes += len(rest)
@@ -192,25 +200,19 @@ class EventStreamParser:
                 kept.append(line)
         return b"".join(kept)
 
-    def _read_blocks(self, blocks: list[str], events: list[ServerSentEvent]) -> None:
-        # The hottest lines of the parser (benchmarks/parse.py). Almost all events have their data
-        # last, as ours do, and are read without a look at each of their lines.
-        blocks.pop()
-        for block in blocks:
-            if block.startswith("data: "):
-                data, type = block[6:], None
-            elif head := self._usual_head(block):
-                id, type = head.groups()
-                data = block[head.end() :]
-                if id is not None:
-                    self._id = id
-            else:
+    def _read_events(self, text: str, events: list[ServerSentEvent]) -> None:
+        # The hottest loop of the parser (benchmarks/parse.py): one match for a whole event costs
+        # less than a look at each of its lines.
+        for id_line, type, data, late_id_line, rest, other in self._blocks(text):
+            if rest or other:
+                block = other or f"{id_line}event: {type}\ndata: {data}{late_id_line}{rest}"
                 self._read_block(block, events)
                 continue
+            if late_id_line:
+                self._id = late_id_line[4:].removeprefix(" ")
+            elif id_line:
+                self._id = id_line[3:-1].removeprefix(" ")
             if "\n" in data:
-                if data.count("\n") != data.count("\ndata: "):
-                    self._read_block(block, events)
-                    continue
                 data = data.replace("\ndata: ", "\n")
             events.append(_new_event(ServerSentEvent, (data, type or "message", self._id, None)))
         self._last_event_id = self._id or ""

@@ -20,7 +20,9 @@ FIELDS = "data: x|data:x|data|data:  y|data: 数🎉|Data: x|data : x|id: 1|id|i
 RETRIES = "|retry: 7|retry: -1|: c| "
 BROKEN = [b"\n", b"\n\n", b"\r", b"\r\n", b"\xef\xbb\xbf", b"\xff", b"\xe4\xb8"]
 pieces = st.sampled_from([*(FIELDS + RETRIES).encode().split(b"|"), *BROKEN])
-streams = st.lists(pieces).map(b"".join) | st.binary()
+lines = st.sampled_from((FIELDS + RETRIES + "|:||").encode().split(b"|"))
+well_cut = st.lists(lines, max_size=30).map(lambda some: b"".join(line + b"\n" for line in some))
+streams = st.lists(pieces).map(b"".join) | st.binary() | well_cut
 
 
 def read(case: dict[str, Any], chunks: list[bytes]) -> dict[str, Any]:
@@ -70,9 +72,10 @@ def test_the_comments_of_a_public_suite_lose_one_space_where_it_strips_one() -> 
         assert [c.removeprefix(" ") for c in comments] == case["comments_one_space_stripped"]
 
 
-def parse(chunks: list[bytes], max_bytes: int = 1 << 20) -> tuple[object, ...]:
+def parse(chunks: list[bytes], max_bytes: int = 1 << 20, hears: bool = True) -> tuple[object, ...]:
     comments: list[str] = []
-    parser = EventStreamParser("first", max_bytes=max_bytes, on_comment=comments.append)
+    on_comment = comments.append if hears else None
+    parser = EventStreamParser("first", max_bytes=max_bytes, on_comment=on_comment)
     events: list[ServerSentEvent] = []
     is_too_large = False
     try:
@@ -99,6 +102,43 @@ def test_the_events_do_not_depend_on_the_chunks(
     single = [stream[i : i + 1] for i in range(len(stream))]
     for limit in (1 << 20, max_bytes):
         assert parse([stream], limit) == parse(cut(stream, at), limit) == parse(single, limit)
+
+
+def read_by_the_letter(stream: bytes, id: str) -> tuple[object, ...]:
+    """Do what WHATWG HTML, section 9.2.6, says, a line at a time and nothing faster."""
+    text = stream.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")[:-1]
+    events, comments, retry, last_event_id = [], [], None, id
+    data, type, own_retry, seen = "", "", None, bool(id)
+    for line in lines:
+        field, colon, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if not line:
+            last_event_id = id
+            if data:
+                fields = (data[:-1], type or "message", id if seen else None, own_retry)
+                events.append(ServerSentEvent(*fields))
+            data, type, own_retry = "", "", None
+        elif not field and colon:
+            comments.append(line[1:])
+        elif field == "event":
+            type = value
+        elif field == "data":
+            data += value + "\n"
+        elif field == "id" and "\0" not in value:
+            id, seen = value, True
+        elif field == "retry" and value.isascii() and value.isdigit():
+            retry = own_retry = int(value)
+    return events, comments, last_event_id, retry, False
+
+
+@given(streams, st.lists(st.integers(min_value=0), max_size=9), st.booleans())
+def test_it_reads_what_the_standard_says_by_the_letter(
+    stream: bytes, at: list[int], hears: bool
+) -> None:
+    events, comments, *rest = read_by_the_letter(stream, "first")
+    expected = (events, comments if hears else [], *rest)
+    assert parse(cut(stream, at), hears=hears) == expected
 
 
 def test_an_event_that_brings_no_id_has_the_last_one() -> None:
