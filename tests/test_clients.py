@@ -108,12 +108,40 @@ def test_httpx_sse_sees_events_and_no_heartbeats(server: Server) -> None:
         ("id: 1\ndata: a\n\n:\n\ndata: b\n\n", ["a", "", "b"]),
         (":\nretry: 5\ndata: a\n\n", ["a"]),
         (":\nretry: 5\n\ndata: a\n\n", ["", "a"]),
+        ("id: 1\n\ndata: a\n\n", ["", "a"]),
+        ("event: x\n\ndata: a\n\n", ["", "a"]),
     ],
 )
 def test_a_block_without_data_would_be_an_event_to_httpx_sse(
     server: Server, wire: str, data: list[str]
 ) -> None:
     assert [event.data for event in httpx_events(raw(server, wire))] == data
+
+
+def test_a_byte_order_mark_would_cost_httpx_sse_the_first_event(server: Server) -> None:
+    mark = "\ufeff".encode().decode("latin-1")
+    assert [event.data for event in httpx_events(raw(server, "data: a\n\ndata: b\n\n"))] == [
+        "a",
+        "b",
+    ]
+    assert [event.data for event in httpx_events(raw(server, f"{mark}data: a\n\n"))] == []
+
+
+@pytest.mark.parametrize(
+    "accept", ["text/event-stream", "application/json, text/event-stream", "*/*", "text/plain", ""]
+)
+def test_a_stream_is_given_whatever_the_client_says_it_accepts(server: Server, accept: str) -> None:
+    answer = httpx.get(f"{server.url}/ids", headers={"Accept": accept})
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+
+
+def test_retry_is_the_first_line_of_the_first_block(server: Server) -> None:
+    with httpx.stream("GET", f"{server.url}/stream") as answer:
+        publish(server, "x", retry=7)
+        lines = answer.iter_lines()
+        first = [line for line in (next(lines) for _ in range(4)) if not line.startswith(":")]
+    assert first[0].startswith("retry: ")
 
 
 def test_httpx_sse_reads_a_channel(server: Server) -> None:
@@ -204,6 +232,17 @@ def test_an_eventsource_returns_with_its_cursor_and_misses_nothing(server: Serve
         told = reader.until("message")
     assert [one["what"] for one in told] == ["error", "open", "message"]
     assert told[-1]["data"] == "2"
+
+
+def test_an_id_that_no_header_can_carry_would_cut_an_eventsource_off(server: Server) -> None:
+    id = "数".encode().decode("latin-1")
+    for wire, returns in (
+        (f"retry: 1\nid: {id}\ndata: a\n\n", False),
+        ("retry: 1\ndata: a\n\n", True),
+    ):
+        with NpmClient("eventsource", raw(server, wire), seconds=2) as reader:
+            assert [one["what"] for one in reader.until("error")] == ["open", "message", "error"]
+            assert (reader.next()["what"] == "open") is returns
 
 
 def test_subscribers_of_clients_that_were_killed_are_gone(server: Server) -> None:
