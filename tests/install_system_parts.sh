@@ -13,6 +13,8 @@ missing() {
     command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || echo nginx-light
     command -v node >/dev/null || echo nodejs
     command -v npm >/dev/null || echo npm
+    # Playwright brings a Node of its own, which needs it.
+    ldconfig -p 2>/dev/null | grep -q 'libatomic\.so\.1' || echo libatomic1
 }
 
 as_root() {
