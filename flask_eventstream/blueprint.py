@@ -37,6 +37,7 @@ class State:
     config: Config
     broker: Broker
     max_subscribers: int | None
+    has_warned: bool = False
     blueprints: list[EventStream] = field(default_factory=list)
     streams: WeakSet[SubscriptionBody] = field(default_factory=WeakSet)
 
@@ -114,8 +115,9 @@ class EventStream(Blueprint):
         :param snapshot: called once the subscription is in force, on a first connect and after a
             ``reset``; what it returns is sent after history and before everything newer. It may
             return what a stream's view may yield, or ``None`` for nothing.
-        :raises InvalidFieldError: if a channel's name is not valid.
-        :raises TooLargeError: if there are more channels than ``EVENTSTREAM_MAX_CHANNELS``.
+        :raises InvalidFieldError: if a channel's name is not valid, or the snapshot cannot be sent.
+        :raises TooLargeError: if there are more channels than ``EVENTSTREAM_MAX_CHANNELS``, or the
+            snapshot is larger than ``EVENTSTREAM_MAX_EVENT_BYTES``.
         :raises ServiceUnavailable: 503, if the process has ``EVENTSTREAM_MAX_SUBSCRIBERS``.
         :raises NotRegisteredError: if the app has no event stream.
 
@@ -132,6 +134,7 @@ class EventStream(Blueprint):
         if request.method == "HEAD":
             return EventStreamResponse(())
         access.check_room(len(state.streams), state.max_subscribers)
+        _warn_of_processes(state)
         subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
         body = _open_body(state, subscription, snapshot)
         subscriber_connected.send(_app(), channels=names, last_event_id=cursor())
@@ -236,13 +239,25 @@ def _new_broker(config: Config) -> Broker:
     )
 
 
+def _warn_of_processes(state: State) -> None:
+    is_shared = not isinstance(state.broker, MemoryBroker)
+    if state.has_warned or is_shared or not request.environ.get("wsgi.multiprocess"):
+        return
+    state.has_warned = True
+    current_app.logger.warning(
+        "The server runs several worker processes, and EVENTSTREAM_BROKER_URL='memory://' is a "
+        "broker for one: what one process publishes never reaches the subscribers of another. Run "
+        "one worker process, with threads or gevent."
+    )
+
+
 def _open_body(
     state: State, subscription: Subscription, snapshot: Callable[[], Any] | None
 ) -> SubscriptionBody:
     config = state.config
     app = _app()
     try:
-        start = _first_bytes(config.retry, subscription, snapshot)
+        start = _first_bytes(config, subscription, snapshot)
     except BaseException:
         subscription.close()
         raise
@@ -257,24 +272,23 @@ def _open_body(
 
 
 def _first_bytes(
-    retry: int, subscription: Subscription, snapshot: Callable[[], Any] | None
+    config: Config, subscription: Subscription, snapshot: Callable[[], Any] | None
 ) -> bytes:
     # They leave at once, so that onopen fires. There is no blank line: the first event completes
     # the block, since clients would take one without data for an event (see HEARTBEAT).
-    start = encode_comment() + b"retry: %d\n" % jittered(retry) + subscription.start
+    start = encode_comment() + b"retry: %d\n" % jittered(config.retry) + subscription.start
     if snapshot is None or subscription.resumed:
         return start
-    return start + _encoded_snapshot(snapshot(), subscription.cursor)
-
-
-def _encoded_snapshot(item: Any, cursor: str) -> bytes:
+    item = snapshot()
     if item is None:
-        return b""
+        return start
     is_event = isinstance(item, ServerSentEvent)
     event: ServerSentEvent = item if is_event else ServerSentEvent(item, dumps=json_dumps())
-    # With the id of the moment it was taken at, a client that then loses the connection gets what
-    # came after it, and not everything once more.
-    return (event if event.id is not None else event._replace(id=cursor)).encode()
+    if event.id is None:
+        # With the id of the moment it was taken at, a client that then loses the connection gets
+        # what came after it, and not everything once more.
+        event = event._replace(id=subscription.cursor)
+    return start + event.encode(config.max_event_bytes)
 
 
 def _app() -> Flask:

@@ -356,6 +356,15 @@ def test_a_snapshot_that_fails_is_an_ordinary_error_and_leaves_nothing(
     assert subscribers(app) == (0, 0)
 
 
+def test_a_snapshot_over_the_limit_is_refused_and_leaves_nothing(
+    make_app: MakeApp, eventstream: EventStream
+) -> None:
+    app = make_app(MAX_EVENT_BYTES=100)
+    with app.test_request_context("/"), pytest.raises(TooLargeError):
+        eventstream.subscribe(snapshot=lambda: "x" * 100)
+    assert subscribers(app) == (0, 0)
+
+
 def test_the_cursor_of_a_page_gets_what_came_between_page_and_stream(
     app: Flask, client: FlaskClient, eventstream: EventStream
 ) -> None:
@@ -395,6 +404,16 @@ def test_the_limit_is_taken_from_the_file_descriptors(
     app.extensions["eventstream"].max_subscribers = 0
     with app.test_request_context("/"), pytest.raises(ServiceUnavailable):
         eventstream.subscribe()
+
+
+def test_several_worker_processes_are_warned_of_once(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    for is_many in (False, True, True):
+        environ = {"wsgi.multiprocess": is_many}
+        with client_stream(client, "/stream", environ_overrides=environ):
+            warnings = [text for text in caplog.messages if "EVENTSTREAM_BROKER_URL" in text]
+            assert len(warnings) == is_many
 
 
 def test_head_starts_nothing(app: Flask, client: FlaskClient) -> None:
