@@ -29,7 +29,7 @@ def silent() -> Iterator[int]:
     yield from interval(0.4)
 
 
-@eventstream.stream("/mute", heartbeat=2)
+@eventstream.stream("/mute", heartbeat=3)
 def mute() -> Iterator[int]:
     yield 0
     yield from interval(3600)

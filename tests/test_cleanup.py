@@ -83,7 +83,7 @@ def test_nothing_is_left_of_generators_and_their_threads(worker: str, options: l
 @pytest.mark.parametrize("path", ["/stream", "/stream/mute"])
 def test_a_client_that_left_is_noticed_within_a_heartbeat(path: str) -> None:
     # At the first write after a client has left, its machine only learns of it.
-    heartbeat = 2
+    heartbeat = 3
     app = f"tests.apps:create_app({{'EVENTSTREAM_HEARTBEAT': {heartbeat}}})"
     with serving(app, "gthread", "--threads", "4") as server:
         before = state(server)["threads"]
@@ -94,7 +94,7 @@ def test_a_client_that_left_is_noticed_within_a_heartbeat(path: str) -> None:
         leave(client, rudely=False)
         # The producer of a view that computes stays until its next item.
         left = before + 1 if path == "/stream/mute" else before
-        wait_for(lambda: state(server)["threads"] == left, timeout=heartbeat + 0.5)
+        wait_for(lambda: state(server)["threads"] == left, timeout=1.5 * heartbeat)
 
 
 @pytest.mark.parametrize(("worker", "options"), [*WORKERS, pytest.param("sync", [], id="sync")])
