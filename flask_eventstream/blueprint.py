@@ -287,7 +287,7 @@ def _first_bytes(
     if event.id is None:
         # With the id of the moment it was taken at, a client that then loses the connection gets
         # what came after it, and not everything once more.
-        event = event._replace(id=subscription.cursor)
+        event = event.with_id(subscription.cursor)
     return start + event.encode(config.max_event_bytes)
 
 

@@ -17,12 +17,12 @@ from __future__ import annotations
 import base64
 import gzip as gzip_codec
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidFieldError, TooLargeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 MAX_EVENT_BYTES = 1024 * 1024
 """The default limit of an event on the wire, in bytes."""
@@ -35,18 +35,11 @@ dispatch an empty event, and ``@microsoft/fetch-event-source`` call ``onmessage`
 """
 
 
-_new_tuple = tuple.__new__
+_new_event = object.__new__
 _dumps = json.JSONEncoder(allow_nan=False).encode
 
 
-class _Fields(NamedTuple):
-    data: str
-    type: str = "message"
-    id: str | None = None
-    retry: int | None = None
-
-
-class ServerSentEvent(_Fields):
+class ServerSentEvent:
     """One event, immutable, and valid once it is built.
 
     :param data: what to send. A ``str`` is sent as it is; ``None`` and all that JSON can express is
@@ -66,23 +59,25 @@ class ServerSentEvent(_Fields):
     ServerSentEvent(data='{"tokens": 3}', type='usage', id=None, retry=None)
     """
 
-    __slots__ = ()
+    # Plain slots behind properties: a frozen dataclass takes twice as long to build, a namedtuple
+    # half as long again (benchmarks/encode.py).
+    __slots__ = ("_data", "_id", "_retry", "_type")
 
-    def __new__(  # noqa: D102  # the class says it
-        cls,
+    def __init__(
+        self,
         data: Any,
         type: str | None = None,
         id: str | int | None = None,
         retry: int | None = None,
         *,
         dumps: Callable[[Any], str] | None = None,
-    ) -> ServerSentEvent:
+    ) -> None:
         # What is printable has neither line breaks, nor NUL, nor surrogates: most types and ids
-        # need no closer look (benchmarks/encode.py).
+        # need no closer look.
         if data.__class__ is not str:
             data = _checked_data(data, dumps)
         elif not data.isascii():
-            _checked_text("data", data)
+            _check_encodable("data", data)
         if not type:
             type = "message"
         elif type.__class__ is not str or not type.isprintable():
@@ -91,12 +86,53 @@ class ServerSentEvent(_Fields):
             id = _checked_id(id)
         if retry is not None:
             retry = _checked_retry(retry)
-        return _new_tuple(cls, (data, type, id, retry))
+        self._data: str = data
+        self._type: str = type
+        self._id: str | None = id
+        self._retry: int | None = retry
 
-    @classmethod
-    def _make(cls, iterable: Iterable[Any]) -> ServerSentEvent:  # type: ignore[override]
-        # namedtuple's own _make and _replace would build events that nobody checked.
-        return cls(*iterable)
+    @property
+    def data(self) -> str:
+        """The data as text, JSON included."""
+        return self._data
+
+    @property
+    def type(self) -> str:
+        """The event type, ``"message"`` if none was given."""
+        return self._type
+
+    @property
+    def id(self) -> str | None:
+        """The id, or ``None``."""
+        return self._id
+
+    @property
+    def retry(self) -> int | None:
+        """The reconnection time in **milliseconds**, or ``None``."""
+        return self._retry
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ServerSentEvent):
+            return NotImplemented
+        return self._fields() == other._fields()
+
+    def __hash__(self) -> int:
+        return hash(self._fields())
+
+    def __repr__(self) -> str:
+        names = ("data", "type", "id", "retry")
+        shown = (f"{name}={value!r}" for name, value in zip(names, self._fields(), strict=True))
+        return f"ServerSentEvent({', '.join(shown)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ServerSentEvent, self._fields()
+
+    def _fields(self) -> tuple[str, str, str | None, int | None]:
+        return self._data, self._type, self._id, self._retry
+
+    def with_id(self, id: str) -> ServerSentEvent:
+        """Return the same event with another id."""
+        return ServerSentEvent(self._data, self._type, id, self._retry)
 
     @classmethod
     def binary(
@@ -130,16 +166,16 @@ class ServerSentEvent(_Fields):
 
         The order of the fields is ours (the standard demands none); ``retry`` comes first.
         """
-        data, type, id, retry = self
+        data = self._data
         if "\r" in data:
             data = data.replace("\r\n", "\n").replace("\r", "\n")
         if "\n" in data:
             data = data.replace("\n", "\ndata: ")
-        head = "" if retry is None else f"retry: {retry}\n"
-        if id is not None:
-            head = f"{head}id: {id}\n"
-        if type != "message":
-            head = f"{head}event: {type}\n"
+        head = "" if self._retry is None else f"retry: {self._retry}\n"
+        if self._id is not None:
+            head = f"{head}id: {self._id}\n"
+        if self._type != "message":
+            head = f"{head}event: {self._type}\n"
         wire = f"{head}data: {data}\n\n".encode()
         if max_bytes is not None and len(wire) > max_bytes:
             raise_too_large(len(wire), max_bytes)
@@ -154,10 +190,20 @@ class ServerSentEvent(_Fields):
         :raises TooLargeError: as :meth:`encode` does.
         """
         wire = self.encode(max_bytes)
-        if self.retry is None:
+        if self._retry is None:
             return b"", wire
         retry, end, rest = wire.partition(b"\n")
         return retry + end, rest
+
+
+def parsed_event(data: str, type: str, id: str | None, retry: int | None) -> ServerSentEvent:
+    """Build an event from fields that a parser read, which are valid by their syntax."""
+    event = _new_event(ServerSentEvent)
+    event._data = data
+    event._type = type
+    event._id = id
+    event._retry = retry
+    return event
 
 
 def encode_data(data: str, max_bytes: int | None = None) -> bytes:
@@ -222,11 +268,15 @@ def _checked_text(field: str, text: str) -> str:
     # str.__str__, since a subclass may escape what it is joined with (markupsafe.Markup) or
     # print as something else (an Enum of strings).
     plain = text if text.__class__ is str else str.__str__(text)
-    try:
-        plain.encode()
-    except UnicodeEncodeError as error:
-        raise _lone_surrogate(field, plain, error) from error
+    _check_encodable(field, plain)
     return plain
+
+
+def _check_encodable(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _lone_surrogate(field, text, error) from error
 
 
 def _lone_surrogate(field: str, text: str, error: UnicodeEncodeError) -> InvalidFieldError:

@@ -37,9 +37,10 @@ def test_an_event_reads_back_as_itself(event: ServerSentEvent) -> None:
 def test_an_event_reads_back_as_itself_after_an_id_was_put_in(
     event: ServerSentEvent, seq: int
 ) -> None:
-    before, after = event._replace(id=None).encode_around_id()
+    without_id = ServerSentEvent(event.data, event.type, None, event.retry)
+    before, after = without_id.encode_around_id()
     wire = before + b"id: e-%d\n" % seq + after
-    assert EventStreamParser().feed(wire) == [event._replace(id=f"e-{seq}")]
+    assert EventStreamParser().feed(wire) == [event.with_id(f"e-{seq}")]
 
 
 @given(text)
@@ -172,14 +173,30 @@ def test_the_error_shows_a_huge_value_in_short() -> None:
     assert len(str(caught.value)) < 250
 
 
-def test_an_event_cannot_be_made_impossible_afterwards() -> None:
-    event = ServerSentEvent("x")
+@pytest.mark.parametrize("name", ["data", "type", "id", "retry", "other"])
+def test_an_event_cannot_be_changed(name: str) -> None:
     with pytest.raises(AttributeError):
-        event.type = "a\nb"  # type: ignore[misc]
+        setattr(ServerSentEvent("x"), name, "a\nb")
+
+
+def test_another_id_is_checked_too() -> None:
+    assert ServerSentEvent("x", "t", "1", 2).with_id("3") == ServerSentEvent("x", "t", "3", 2)
     with pytest.raises(InvalidFieldError):
-        event._replace(type="a\nb")
-    with pytest.raises(InvalidFieldError):
-        ServerSentEvent._make(["x", "a\nb", None, None])
+        ServerSentEvent("x").with_id("a\nb")
+
+
+def test_events_are_equal_by_their_fields() -> None:
+    event = ServerSentEvent("x", "t", "1", 2)
+    assert len({event, ServerSentEvent("x", "t", "1", 2)}) == 1
+    for other in (
+        ServerSentEvent("y", "t", "1", 2),
+        ServerSentEvent("x", "u", "1", 2),
+        ServerSentEvent("x", "t", "2", 2),
+        ServerSentEvent("x", "t", "1", 3),
+        ("x", "t", "1", 2),
+    ):
+        assert event != other
+    assert repr(event) == "ServerSentEvent(data='x', type='t', id='1', retry=2)"
 
 
 def test_an_event_survives_pickling() -> None:
