@@ -64,8 +64,16 @@ def state() -> dict[str, Any]:
         "threads": sum(is_ours(frame) for frame in sys._current_frames().values()),
         "greenlets": sum(not one.dead for one in greenlets),
         "descriptors": len(os.listdir("/proc/self/fd")),
-        "started": current_app.config.get("STARTED", 0),
     }
+
+
+def streams() -> str:
+    return str(len(current_app.extensions["eventstream"].streams))
+
+
+def started() -> str:
+    """Tell how often a view was started."""
+    return str(current_app.config.get("STARTED", 0))
 
 
 def is_ours(frame: Any) -> bool:
@@ -108,6 +116,8 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
         "/disconnect", "disconnect", lambda: [eventstream.disconnect("sse")], methods=["POST"]
     )
     app.add_url_rule("/state", view_func=state)
+    app.add_url_rule("/streams", view_func=streams)
+    app.add_url_rule("/started", view_func=started)
     app.add_url_rule("/v1/chat/completions", "chat", chat, methods=["POST"])
     app.add_url_rule("/ids", "ids", lambda: EventStreamResponse(with_ids()))
     app.add_url_rule("/raw", view_func=raw)

@@ -215,11 +215,11 @@ def test_a_block_without_data_would_reach_the_user_of_fetch_event_source(
 
 
 def test_a_finished_stream_is_not_run_again_for_an_eventsource(server: Server) -> None:
-    before = state(server)["started"]
+    before = int(httpx.get(f"{server.url}/started").text)
     with NpmClient("eventsource", f"{server.url}/stream/count/2") as reader:
         told = reader.until("closed")
     assert [one["what"] for one in told] == ["open", "message", "message", "end", "error", "closed"]
-    assert state(server)["started"] == before + 1
+    assert int(httpx.get(f"{server.url}/started").text) == before + 1
 
 
 def test_an_eventsource_returns_with_its_cursor_and_misses_nothing(server: Server) -> None:

@@ -443,3 +443,5 @@ def test_a_waiting_subscriber_holds_no_database_connection(
     with client_stream(client, "/held") as stream:
         assert stream.next().data == "1"
         assert client.get("/ordinary").status_code == 500
+    with app.app_context():
+        wait_for(lambda: database.engine.pool.status().endswith("Checked out connections: 0"))
