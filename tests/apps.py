@@ -67,10 +67,6 @@ def state() -> dict[str, Any]:
     }
 
 
-def streams() -> str:
-    return str(len(current_app.extensions["eventstream"].streams))
-
-
 def started() -> str:
     """Tell how often a view was started."""
     return str(current_app.config.get("STARTED", 0))
@@ -116,7 +112,6 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
         "/disconnect", "disconnect", lambda: [eventstream.disconnect("sse")], methods=["POST"]
     )
     app.add_url_rule("/state", view_func=state)
-    app.add_url_rule("/streams", view_func=streams)
     app.add_url_rule("/started", view_func=started)
     app.add_url_rule("/v1/chat/completions", "chat", chat, methods=["POST"])
     app.add_url_rule("/ids", "ids", lambda: EventStreamResponse(with_ids()))
