@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .event import ServerSentEvent
 
 _BOM = b"\xef\xbb\xbf"
+_BLANK_LINES = (b"\n\n", b"\r\n\r\n")
 # As numbers, which are found in a third of the time.
 _CR, _LF = b"\r\n"
 # An event with its fields in an order that servers use; what is left of its lines; any other block.
@@ -34,6 +35,7 @@ _blocks = re.compile(rf"(?:{_EVENT}{_REST}|{_OTHER})\n\n").findall
 _blocks_without_heartbeats = re.compile(rf"(?:{_HEARTBEATS}{_EVENT}{_REST}|{_OTHER})\n\n").findall
 _retry_field = re.compile(r"retry: ?([0-9]+)").fullmatch
 _READ_AT_ONCE = (b":", b"retry")
+_line_to_read_at_once = re.compile(rb"\n(?::|retry)").search
 
 
 class EventStreamParser:
@@ -97,8 +99,10 @@ class EventStreamParser:
         :raises TooLargeError: if an unfinished event is larger than ``max_bytes``. Events that were
             complete before it are returned first; then every further call raises.
         """
-        is_whole = self._is_between_events and chunk.endswith(b"\n\n") and _CR not in chunk
-        if is_whole and len(chunk) <= self._max_bytes:
+        is_whole = self._is_between_events and chunk.endswith(_BLANK_LINES)
+        if is_whole and _CR in chunk:
+            chunk = chunk.replace(b"\r\n", b"\n")
+        if is_whole and _CR not in chunk and len(chunk) <= self._max_bytes:
             # What a live stream brings is one event a chunk, as a rule (benchmarks/parse.py).
             if chunk.startswith(b"data: ") and chunk.find(_LF) == len(chunk) - 2:
                 text = chunk[6:-2].decode("utf-8", "replace")
@@ -132,7 +136,8 @@ class EventStreamParser:
         # A CR ends its line at once, so that an event is not held back until the next chunk
         # tells whether an LF follows.
         self._after_cr = self._after_cr or chunk.endswith(b"\r")
-        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        chunk = chunk.replace(b"\r\n", b"\n")
+        return chunk.replace(b"\r", b"\n") if _CR in chunk else chunk
 
     def _feed(self, chunk: bytes, events: list[ServerSentEvent]) -> None:
         if self._unfinished_bytes + len(chunk) > self._max_bytes:
@@ -179,7 +184,7 @@ class EventStreamParser:
         if end:
             lines = b"".join([*self._line, rest[:end]])
             self._line.clear()
-            if lines.startswith(_READ_AT_ONCE) or b"\n:" in lines or b"\nretry" in lines:
+            if lines.startswith(_READ_AT_ONCE) or _line_to_read_at_once(lines):
                 lines = self._read_at_once(lines)
             self._lines.append(lines)
         if end < len(rest):
