@@ -14,7 +14,7 @@ from .body import SubscriptionBody, jittered
 from .broker import DEFAULT_CHANNEL, Broker, channel_names
 from .config import Config
 from .errors import ConfigurationError, NotRegisteredError, TooLargeError
-from .event import ServerSentEvent, encode_comment
+from .event import ServerSentEvent, encode_comment, to_json
 from .memory_broker import MemoryBroker
 from .response import EventStreamResponse, cursor, json_dumps
 from .signals import event_published, subscriber_connected, subscriber_disconnected
@@ -91,12 +91,12 @@ class EventStream(Blueprint):
         :raises NotRegisteredError: if the app has no event stream.
         """
         broker = _state().broker
-        if not isinstance(data, ServerSentEvent):
-            data = ServerSentEvent(data, type, id, retry, dumps=json_dumps())
-            type = id = retry = None
-        names = channel_names(channel)
+        if not isinstance(data, (str, ServerSentEvent)):
+            data = to_json(data, json_dumps())
+        names = channel if isinstance(channel, str) else tuple(channel)
         event_id = broker.publish(data, type, id, retry, names)
-        event_published.send(_app(), channels=names, id=event_id)
+        if event_published.receivers:
+            event_published.send(_app(), channels=channel_names(names), id=event_id)
         return event_id
 
     def subscribe(

@@ -109,9 +109,8 @@ def spawn(function: Callable[..., object], *args: object) -> None:
 def new_mutex() -> Mutex:
     """Return a lock of the operating system's, for sections that neither wait nor switch.
 
-    gevent's own locks serve one thread well, and many threads slowly. A section that never
-    switches to another greenlet can only be contended by another thread, and then it is a lock
-    between threads that is needed, even in a monkey-patched process.
+    A section that never switches to another greenlet can only be contended by another thread, and
+    then it is a lock between threads that is needed, even in a monkey-patched process.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _ENTRY_OVERHEAD = 256
-"""What an entry costs besides its wire, in bytes, roughly (measured on CPython 3.11)."""
+"""What an entry counts besides its wire, in bytes: 176 on CPython 3.11, and room for an own id."""
 
 
 class Entry(NamedTuple):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINES = (b"\n\n", b"\r\n\r\n")
-# As numbers, which are found in a third of the time.
+# As numbers: to look for a number takes a tenth of the time that bytes take (13 and 143 ns).
 _CR, _LF = b"\r\n"
 # An event with its fields in an order that servers use; what is left of its lines; any other block.
 # In a pattern without DOTALL, "." is anything but LF: just what a field's value may hold.

@@ -125,7 +125,7 @@ class _Producer:
             return
         try:
             close()
-        except Exception:
+        except BaseException:  # noqa: BLE001  # the end must come, or the reader waits for ever
             # Nobody takes items any more who could be told.
             _logger.exception("Closing the source of a stream failed: %r", self._source)
 

@@ -130,6 +130,17 @@ def test_a_source_that_fails_while_it_is_closed_is_logged(caplog: pytest.LogCapt
         wait_for(lambda: "while closing" in caplog.text)
 
 
+def test_the_end_comes_even_if_closing_a_source_wants_to_end_the_thread() -> None:
+    class Source:
+        def __iter__(self) -> Iterator[int]:
+            return iter([1])
+
+        def close(self) -> None:
+            raise SystemExit
+
+    assert drained(Producers([Source()], as_it_is)) == [1]
+
+
 def test_a_source_runs_with_what_is_carried_over() -> None:
     carried: list[str] = []
 

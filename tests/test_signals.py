@@ -36,6 +36,14 @@ def test_what_happens_is_told(app: Flask, client: FlaskClient, eventstream: Even
     ]
 
 
+def test_publishing_needs_no_receiver_and_takes_channels_from_any_iterable(
+    app: Flask, client: FlaskClient, eventstream: EventStream
+) -> None:
+    with client_stream(client, "/stream") as stream, app.app_context():
+        eventstream.publish("x", channel=(name for name in ["audit", "sse"]))
+        assert stream.next().data == "x"
+
+
 def test_a_subscriber_is_off_the_books_when_its_leaving_is_told(
     app: Flask, client: FlaskClient, eventstream: EventStream
 ) -> None:
