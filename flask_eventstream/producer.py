@@ -125,8 +125,9 @@ class _Producer:
             return
         try:
             close()
-        except BaseException:  # noqa: BLE001  # the end must come, or the reader waits for ever
-            # Nobody takes items any more who could be told.
+        except BaseException:
+            # Nobody takes items any more who could be told, and whatever it is (SystemExit too),
+            # the end must come, or the reader waits for ever.
             _logger.exception("Closing the source of a stream failed: %r", self._source)
 
     def took_one(self) -> None:
