@@ -1,0 +1,87 @@
+"""This package in an app as small as its peers', with the routes that the benchmark asks for.
+
+Every subscriber reads the channel ``shared``, alone or beside one of its own.
+"""
+
+from __future__ import annotations
+
+import time
+
+from flask import Flask, jsonify, request
+
+from flask_eventstream import eventstream
+
+CHANNEL = "shared"
+
+
+@eventstream.authorize
+def may_read(channel: str) -> bool:
+    """Let everybody read everything."""
+    return True
+
+
+def create_app(hijack: bool = True) -> Flask:
+    """Return the app.
+
+    :param hijack: whether subscribers' sockets are taken from the server, or its own loop
+        iterates each response.
+    """
+    app = Flask("ours")
+    app.config["EVENTSTREAM_HIJACK"] = hijack
+    app.config["EVENTSTREAM_MAX_SUBSCRIBERS"] = 1_000_000
+    app.register_blueprint(eventstream)
+    for view in (publish, burst, publish_every, time_publish, compute):
+        path = "/" + view.__name__.replace("_", "-")
+        app.add_url_rule(path, view_func=view, methods=["POST"])
+    return app
+
+
+def publish() -> tuple[str, int]:
+    """Publish the body."""
+    eventstream.publish(request.get_data(as_text=True), channel=CHANNEL)
+    return "", 204
+
+
+def burst() -> tuple[str, int]:
+    """Publish the body ``n`` times, each with its number in front."""
+    data = request.get_data(as_text=True)
+    for number in range(request.args.get("n", type=int)):
+        eventstream.publish(f"{number}@{data}", channel=CHANNEL)
+    return "", 204
+
+
+def publish_every() -> tuple[str, int]:
+    """Publish the body ``n`` times, ``interval`` seconds apart, with number and time in front."""
+    data = request.get_data(as_text=True)
+    interval = request.args.get("interval", type=float)
+    start = time.monotonic()
+    for number in range(request.args.get("n", type=int)):
+        time.sleep(max(0.0, start + number * interval - time.monotonic()))
+        eventstream.publish(f"{number}@{time.monotonic_ns()}@{data}", channel=CHANNEL)
+    return "", 204
+
+
+def time_publish():
+    """Publish the body ``n`` times with a ``pause`` (seconds) before each.
+
+    Answers with the wall time and the thread's CPU time of each call, in nanoseconds.
+    """
+    data = request.get_data(as_text=True)
+    pause = request.args.get("pause", type=float)
+    return jsonify([_timed_publish(data, pause) for _ in range(request.args.get("n", type=int))])
+
+
+def _timed_publish(data: str, pause: float) -> tuple[int, int]:
+    time.sleep(pause)
+    wall, cpu = time.perf_counter_ns(), time.thread_time_ns()
+    eventstream.publish(data, channel=CHANNEL)
+    return time.perf_counter_ns() - wall, time.thread_time_ns() - cpu
+
+
+def compute() -> dict[str, int]:
+    """Compute for some ``seconds`` without pause, as a view that does much in Python."""
+    end = time.monotonic() + request.args.get("seconds", type=float)
+    rounds = 0
+    while time.monotonic() < end:
+        rounds += sum(range(100))
+    return {"rounds": rounds}
