@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from . import concurrency
 from .errors import InvalidFieldError
 from .event import MAX_EVENT_BYTES, ServerSentEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from .channels import ChannelSet
 
 DEFAULT_CHANNEL = "sse"
 """The channel of those who name none (Flask-SSE's default, so that its users feel at home)."""
@@ -107,6 +111,20 @@ class Broker(ABC):
         """
 
     @abstractmethod
+    def watch(self, ring: Callable[[], None]) -> Callable[[], Iterable[ChannelSet]]:
+        """Have a function called after every change that a subscriber may have to hear of.
+
+        :param ring: called by whoever publishes, without arguments and from any thread; it has to
+            return at once.
+        :returns: a function that returns the channel sets with news since it was called last.
+        """
+
+    @property
+    @abstractmethod
+    def subscriptions(self) -> int:
+        """How many subscriptions this process has."""
+
+    @abstractmethod
     def last_event_id(self, channel: str = DEFAULT_CHANNEL) -> str:
         """Return the cursor from which a client gets all that is published from now on."""
 
@@ -126,32 +144,41 @@ class Broker(ABC):
         """End every subscription and accept nothing more."""
 
 
-class Subscription(ABC):
+class Subscription:
     """What one subscriber still has to get.
 
     It holds a position in the broker's sequence and no events: what is pending is read from the
     history that all subscribers share, so a slow one costs no memory of its own.
 
-    :param channels: the names of the channels.
+    :param channel_set: the channels.
+    :param position: the place in the broker's sequence from which on events are taken.
     :param start: what the client has to get first, as bytes: what it missed, or a ``reset`` and
         what history still has. The events that :meth:`take` returns come after it.
     :param resumed: whether it continues right after the cursor it was opened with. If not, the
         client's picture has to be drawn anew: on a first connect, or after a ``reset``.
     """
 
-    __slots__ = ("channels", "resumed", "start")
+    __slots__ = ("_is_closed", "_ready", "channel_set", "position", "resumed", "start")
 
-    def __init__(self, channels: tuple[str, ...], start: bytes, resumed: bool) -> None:
-        self.channels = channels
+    def __init__(self, channel_set: ChannelSet, position: int, start: bytes, resumed: bool) -> None:
+        self.channel_set = channel_set
+        self.position = position
         self.start = start
         self.resumed = resumed
+        self._is_closed = False
+        # Only who waits needs one; it is larger than all the rest.
+        self._ready: concurrency.Event | None = None
 
     @property
-    @abstractmethod
+    def channels(self) -> tuple[str, ...]:
+        """The names of the channels."""
+        return self.channel_set.names
+
+    @property
     def cursor(self) -> str:
         """The cursor of what was taken so far, :attr:`start` included."""
+        return self.channel_set.owner.mint(self.position)
 
-    @abstractmethod
     def take(self, timeout: float) -> bytes | None:
         """Wait for events and return all that are pending, joined.
 
@@ -162,13 +189,44 @@ class Subscription(ABC):
             subscription has ended: it was closed or disconnected, the broker was closed, or it fell
             behind what the broker keeps.
         """
+        deadline = time.monotonic() + timeout
+        if self._ready is None:
+            self._ready = concurrency.new_event()
+        waiting = self.channel_set.waiting
+        waiting.add(self._ready)
+        try:
+            return self._take(self._ready, deadline)
+        finally:
+            waiting.discard(self._ready)
 
-    @abstractmethod
+    def _take(self, ready: concurrency.Event, deadline: float) -> bytes | None:
+        while True:
+            ready.clear()
+            found = None if self._is_closed else self.channel_set.read(self.position)
+            if found is None:
+                return None
+            wire, self.position = found
+            remaining = deadline - time.monotonic()
+            if wire or remaining <= 0:
+                return wire
+            self.channel_set.owner.wait(ready, remaining)
+
     def close(self) -> None:
         """End the subscription. It may be called from anywhere and more than once.
 
         A ``take`` that waits in another thread returns at once.
         """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.channel_set.leave()
+        if self._ready is not None:
+            self._ready.set()
+
+    def __del__(self) -> None:
+        # A response that is dropped before any server iterates or closes it (an after_request
+        # function raised) must not stay subscribed for ever.
+        self.close()
 
 
 def channel_names(channel: str | Iterable[str]) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ thread that runs a gevent hub must not be blocked by a wait of the standard libr
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import os
 import sys
 import threading
@@ -92,7 +94,7 @@ class Waker:
 
 def new_event() -> Event:
     """Return an event whose ``wait`` lets others run, and that any thread may set."""
-    if _runs_in_greenlet():
+    if runs_in_greenlet():
         event: Event = sys.modules["gevent.event"].Event()
         return event
     return threading.Event()
@@ -100,7 +102,7 @@ def new_event() -> Event:
 
 def spawn(function: Callable[..., object], *args: object) -> None:
     """Run a function on its own daemon thread, or on a greenlet where gevent runs."""
-    if _runs_in_greenlet():
+    if runs_in_greenlet():
         sys.modules["gevent"].spawn(function, *args)
     else:
         threading.Thread(target=function, args=args, daemon=True).start()
@@ -112,11 +114,37 @@ def new_mutex() -> Mutex:
     A section that never switches to another greenlet can only be contended by another thread, and
     then it is a lock between threads that is needed, even in a monkey-patched process.
     """
+    mutex: Mutex = original("_thread", "allocate_lock")()
+    return mutex
+
+
+def original(module: str, name: str) -> Any:
+    """Return what a module of the standard library had under a name before monkey patching."""
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None:
-        return threading.Lock()
-    mutex: Mutex = monkey.get_original("_thread", "allocate_lock")()
-    return mutex
+        return getattr(importlib.import_module(module), name)
+    return monkey.get_original(module, name)
+
+
+def wait_readable(descriptor: int, timeout: float) -> None:
+    """Let other greenlets run until a file descriptor is readable, or the time is over (seconds).
+
+    Only for greenlets: a thread has system calls that wait.
+    """
+    late = TimeoutError()
+    try:
+        sys.modules["gevent.socket"].wait_read(descriptor, timeout, late)
+    except TimeoutError as error:
+        if error is not late:
+            raise
+
+
+def switch(seconds: float = 0) -> None:
+    """Let other greenlets run, for some seconds, or those that are ready.
+
+    Only for greenlets: threads take turns anyway.
+    """
+    sys.modules["gevent"].sleep(seconds)
 
 
 def call_after_fork(method: Callable[[], None]) -> None:
@@ -124,6 +152,15 @@ def call_after_fork(method: Callable[[], None]) -> None:
 
     Such a hook can never be taken back; this one does not keep the method's object alive.
     """
+    os.register_at_fork(after_in_child=_if_alive(method))
+
+
+def call_at_exit(method: Callable[[], None]) -> None:
+    """Call a bound method when the interpreter ends, if its object is still alive."""
+    atexit.register(_if_alive(method))
+
+
+def _if_alive(method: Callable[[], None]) -> Callable[[], None]:
     reference = weakref.WeakMethod(method)
 
     def call_if_alive() -> None:
@@ -131,9 +168,10 @@ def call_after_fork(method: Callable[[], None]) -> None:
         if alive is not None:
             alive()
 
-    os.register_at_fork(after_in_child=call_if_alive)
+    return call_if_alive
 
 
-def _runs_in_greenlet() -> bool:
+def runs_in_greenlet() -> bool:
+    """Tell whether a gevent hub runs the caller."""
     gevent = sys.modules.get("gevent.hub")
     return gevent is not None and isinstance(gevent.getcurrent().parent, gevent.Hub)

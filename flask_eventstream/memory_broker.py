@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 from . import concurrency
 from .broker import DEFAULT_CHANNEL, Broker, Subscription, channel_names, encode_reset
+from .channels import Channels, ChannelSet, read
 from .errors import BrokerClosedError, InvalidFieldError
 from .event import MAX_EVENT_BYTES
 from .history import Entry, History, in_order, joined
@@ -19,19 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _TAIL_EVENTS = 4
-_SWEPT_AT_ONCE = 16
-
-
-class _Channel:
-    __slots__ = ("history", "name", "subscriptions", "touched")
-
-    def __init__(self, name: str, history: History, now: float) -> None:
-        self.name = name
-        self.history = history
-        self.touched = now
-        # Weak, so that a response that is dropped before any server iterates or closes it (an
-        # after_request function raised) does not stay subscribed for ever.
-        self.subscriptions: WeakSet[_MemorySubscription] = WeakSet()
 
 
 class MemoryBroker(Broker):
@@ -65,12 +52,14 @@ class MemoryBroker(Broker):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(max_event_bytes=max_event_bytes)
-        self._history_seconds = history_seconds
         tail_bytes = _TAIL_EVENTS * max_event_bytes
-        self._new_history = partial(History, history, history_seconds, tail_bytes, max_lag)
+        new_history = partial(History, history, history_seconds, tail_bytes, max_lag)
+        self._new_channels = partial(Channels, new_history, history_seconds)
         self._clock = clock
         self._is_closed = False
+        self._rings: list[Callable[[], None]] = []
         self._start()
+        self._waiting = self.watch(self._ring_waker)
         concurrency.call_after_fork(self._start)
 
     def _start(self) -> None:
@@ -79,13 +68,10 @@ class MemoryBroker(Broker):
         self._mutex = concurrency.new_mutex()
         self._epoch = secrets.token_hex(4)
         self._seq = 0
-        self._forgotten = 0
-        # In the order in which they were last touched, so that what has expired is found in front.
-        self._channels: OrderedDict[str, _Channel] = OrderedDict()
-        self._subscriptions: WeakSet[_MemorySubscription] = WeakSet()
-        self._leaving: deque[_MemorySubscription] = deque()
-        self._stirred: set[_Channel] = set()
-        self.waker = concurrency.Waker(self._wake_stirred)
+        self._channels = self._new_channels()
+        self._watches = [self._channels.watch(ring) for ring in self._rings]
+        self._leaving: deque[ChannelSet] = deque()
+        self._waker = concurrency.Waker(self._wake_waiting)
 
     def _append(
         self, names: Sequence[str], id: str | None, before_id: bytes, after_id: bytes
@@ -101,29 +87,11 @@ class MemoryBroker(Broker):
             if event_id is None:
                 event_id = self.mint(self._seq)
                 after_id = b"id: %b\n%b" % (event_id.encode(), after_id)
-            self._keep(names, Entry(self._seq, now, id, before_id + after_id))
-            self._sweep(now)
-            somebody_waits = bool(self._stirred)
-        if somebody_waits:
-            self.waker.ring()
+            is_read = self._channels.append(names, Entry(self._seq, now, id, before_id + after_id))
+            self._channels.sweep(now)
+        if is_read:
+            self._channels.ring()
         return event_id
-
-    def _keep(self, names: Sequence[str], entry: Entry) -> None:
-        for name in names:
-            channel = self._touch(name, entry.time)
-            has_subscribers = bool(channel.subscriptions)
-            channel.history.append(entry, keep_tail=has_subscribers)
-            if has_subscribers:
-                self._stirred.add(channel)
-
-    def _touch(self, name: str, now: float) -> _Channel:
-        channel = self._channels.get(name)
-        if channel is None:
-            channel = _Channel(name, self._new_history(self._forgotten), now)
-            self._channels[name] = channel
-        channel.touched = now
-        self._channels.move_to_end(name)
-        return channel
 
     def subscribe(
         self, *channels: str, last_event_id: str | None = None, history: int = 0
@@ -134,21 +102,19 @@ class MemoryBroker(Broker):
             self._check_open()
             now = self._clock()
             self._remove_leaving()
-            self._sweep(now)
-            read = [self._touch(name, now) for name in names]
-            start, resumed = self._replay(read, last_event_id, history, now)
-            subscription = _MemorySubscription(self, read, self._seq, start, resumed)
-            self._subscriptions.add(subscription)
-            for channel in read:
-                channel.subscriptions.add(subscription)
+            self._channels.sweep(now)
+            read = [self._channels.touch(name, now) for name in names]
+            kept = [channel.history for channel in read]
+            start, resumed = self._replay(kept, last_event_id, history, now)
+            channel_set = self._channels.join(self, read)
+            subscription = Subscription(channel_set, self._seq, start, resumed)
         # Should the waker be about to end, for want of subscribers, this keeps it.
-        self.waker.ring()
+        self._waker.ring()
         return subscription
 
     def _replay(
-        self, channels: list[_Channel], cursor: str | None, history: int, now: float
+        self, kept: list[History], cursor: str | None, history: int, now: float
     ) -> tuple[bytes, bool]:
-        kept = [channel.history for channel in channels]
         if not cursor:
             newest = in_order(one.replayable(now) for one in kept)[-history:] if history > 0 else []
             return joined(newest), False
@@ -184,62 +150,60 @@ class MemoryBroker(Broker):
         with self._mutex:
             return self.mint(self._seq)
 
-    def subscriber_count(self, channel: str | None = None) -> int:
-        """Return how many subscriptions there are; see :meth:`Broker.subscriber_count`."""
+    @property
+    def subscriptions(self) -> int:
+        """How many subscriptions there are."""
         with self._mutex:
             self._remove_leaving()
-            if channel is None:
-                return len(self._subscriptions)
+            return self._channels.subscriptions
+
+    def subscriber_count(self, channel: str | None = None) -> int:
+        """Return how many subscriptions there are; see :meth:`Broker.subscriber_count`."""
+        if channel is None:
+            return self.subscriptions
+        with self._mutex:
+            self._remove_leaving()
             found = self._channels.get(channel)
-            return len(found.subscriptions) if found else 0
+            return sum(one.size for one in found.sets) if found else 0
 
     def disconnect(self, channel: str) -> int:
         """End every subscription of a channel; see :meth:`Broker.disconnect`."""
         with self._mutex:
             self._remove_leaving()
             found = self._channels.get(channel)
-            return self._end(found.subscriptions) if found else 0
+            ended = self._channels.end(found.sets, self._seq) if found else 0
+        self._channels.ring()
+        return ended
 
     def close(self) -> None:
         """End every subscription; see :meth:`Broker.close`."""
         with self._mutex:
             self._is_closed = True
-            self._end(self._subscriptions)
+            self._channels.end_all(self._seq)
+        self._channels.ring()
+
+    def watch(self, ring: Callable[[], None]) -> Callable[[], set[ChannelSet]]:
+        """Have a function called after every change; see :meth:`Broker.watch`."""
+        number = len(self._rings)
+        self._rings.append(ring)
+        self._watches.append(self._channels.watch(ring))
+        return partial(self._news, number)
+
+    def _news(self, number: int) -> set[ChannelSet]:
+        with self._mutex:
+            self._remove_leaving()
+            self._channels.sweep(self._clock())
+            return self._channels.news(self._watches[number])
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise BrokerClosedError
 
-    def _end(self, subscriptions: WeakSet[_MemorySubscription]) -> int:
-        for subscription in subscriptions:
-            if subscription.end is None:
-                subscription.end = self._seq
-            subscription.wake()
-        return len(subscriptions)
-
-    def _sweep(self, now: float) -> None:
-        # A bounded number at a time: a million channels that expire together must not make one
-        # publisher wait for all of them.
-        for _ in range(_SWEPT_AT_ONCE):
-            channel = next(iter(self._channels.values()), None)
-            if channel is None or now - channel.touched <= self._history_seconds:
-                return
-            channel.history.trim(now, keep_tail=bool(channel.subscriptions))
-            channel.touched = now
-            self._channels.move_to_end(channel.name)
-            self._forget_if_idle(channel)
-
-    def _forget_if_idle(self, channel: _Channel) -> None:
-        if not channel.history and not channel.subscriptions:
-            self._forgotten = max(self._forgotten, channel.history.dropped)
-            self._channels.pop(channel.name, None)
-            self._stirred.discard(channel)
-
-    def leave(self, subscription: _MemorySubscription) -> None:
+    def leave(self, channel_set: ChannelSet) -> None:
         """Take a subscription off the books, at once or with the next call."""
         # Not simply under the mutex: the garbage collector may close a stream at any point, also
         # while this very thread holds the mutex. Then the next one who gets it removes it.
-        self._leaving.append(subscription)
+        self._leaving.append(channel_set)
         if self._mutex.acquire(blocking=False):
             try:
                 self._remove_leaving()
@@ -248,82 +212,33 @@ class MemoryBroker(Broker):
 
     def _remove_leaving(self) -> None:
         while self._leaving:
-            subscription = self._leaving.popleft()
-            self._subscriptions.discard(subscription)
-            for channel in subscription.read:
-                channel.subscriptions.discard(subscription)
-                channel.history.trim(self._clock(), keep_tail=bool(channel.subscriptions))
-                self._forget_if_idle(channel)
-        if not self._subscriptions:
-            self.waker.ring()
+            self._channels.leave(self._leaving.popleft(), self._clock())
+            if not self._channels.subscriptions:
+                self._waker.ring()
 
-    def collect(self, subscription: _MemorySubscription) -> list[Entry] | None:
-        """Return what a subscription has to get now, or ``None`` once it has ended."""
+    def read(
+        self, channel_set: ChannelSet, after: int, until: int | None, max_bytes: int | None
+    ) -> tuple[bytes, int] | None:
+        """Return events of a channel set; see :meth:`ChannelSet.read`."""
         with self._mutex:
-            position = subscription.position
-            end = self._seq if subscription.end is None else subscription.end
-            if any(channel.history.dropped > position for channel in subscription.read):
-                return None
-            found = in_order(channel.history.after(position) for channel in subscription.read)
-            subscription.position = max(position, end)
-            if not found:
-                self._sweep(self._clock())
-        found = [entry for entry in found if entry.seq <= end]
-        return found if found or subscription.end is None else None
+            last = self._seq if until is None else until
+            found = read(channel_set, after, last, max_bytes)
+            if not (found and found[0]):
+                self._channels.sweep(self._clock())
+        return found and (joined(found[0]), found[1])
 
-    def _wake_stirred(self) -> bool:
-        # One thread or greenlet for the whole broker, as long as somebody is subscribed. It walks
-        # through the subscribers, so that publish() does not have to.
-        with self._mutex:
-            waiting = [one for channel in self._stirred for one in channel.subscriptions]
-            self._stirred.clear()
-            somebody_is_left = bool(self._subscriptions)
-        for subscription in waiting:
-            subscription.wake()
-        return somebody_is_left
+    def wait(self, ready: concurrency.Event, timeout: float) -> None:
+        """Wait for an event that is set when there may be news (seconds)."""
+        self._waker.start()
+        ready.wait(timeout)
 
+    def _ring_waker(self) -> None:
+        self._waker.ring()
 
-class _MemorySubscription(Subscription):
-    __slots__ = ("__weakref__", "_broker", "_is_closed", "_ready", "end", "position", "read")
-
-    def __init__(
-        self,
-        broker: MemoryBroker,
-        read: list[_Channel],
-        position: int,
-        start: bytes,
-        resumed: bool,
-    ) -> None:
-        super().__init__(tuple(channel.name for channel in read), start, resumed)
-        self.read = read
-        self.position = position
-        self.end: int | None = None
-        self._broker = broker
-        self._is_closed = False
-        self._ready = concurrency.new_event()
-
-    @property
-    def cursor(self) -> str:
-        return self._broker.mint(self.position)
-
-    def take(self, timeout: float) -> bytes | None:
-        deadline = time.monotonic() + timeout
-        while True:
-            self._ready.clear()
-            entries = None if self._is_closed else self._broker.collect(self)
-            if entries is None:
-                return None
-            remaining = deadline - time.monotonic()
-            if entries or remaining <= 0:
-                return joined(entries)
-            self._broker.waker.start()
-            self._ready.wait(remaining)
-
-    def wake(self) -> None:
-        self._ready.set()
-
-    def close(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
-            self._broker.leave(self)
-            self._ready.set()
+    def _wake_waiting(self) -> bool:
+        # One thread or greenlet for all who wait on one of their own, as long as somebody is
+        # subscribed. It walks through them, so that publish() does not have to.
+        for channel_set in self._waiting():
+            for ready in tuple(channel_set.waiting):
+                ready.set()
+        return bool(self._channels.subscriptions)

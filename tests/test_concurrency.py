@@ -112,7 +112,7 @@ done = gevent.joinall(greenlets, timeout=20)
 assert len(done) == 100, len(done)
 assert all(b"data: x" in greenlet.value for greenlet in greenlets)
 gevent.sleep(0.01)
-assert broker.waker._bell is None
+assert broker._waker._bell is None
 """
 
 

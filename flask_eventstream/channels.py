@@ -1,0 +1,263 @@
+"""The channels of one process: what each of them keeps, and who reads it.
+
+Who reads the same channels shares one :class:`ChannelSet`, so that what is done for an event is
+done once for each set, and not for each subscriber.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Protocol
+
+from .history import Entry, History, in_order
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from . import concurrency
+
+_SWEPT_AT_ONCE = 16
+
+
+class Channel:
+    """A channel that somebody reads or that has a history.
+
+    :param name: its name.
+    :param history: its recent events.
+    :param now: the time of the broker's clock, in seconds.
+    """
+
+    __slots__ = ("history", "name", "sets", "touched")
+
+    def __init__(self, name: str, history: History, now: float) -> None:
+        self.name = name
+        self.history = history
+        self.touched = now
+        self.sets: set[ChannelSet] = set()
+
+
+class Owner(Protocol):
+    """What a channel set needs of the broker that it belongs to."""
+
+    def read(
+        self, channel_set: ChannelSet, after: int, until: int | None, max_bytes: int | None
+    ) -> tuple[bytes, int] | None:
+        """See :meth:`ChannelSet.read`."""
+
+    def leave(self, channel_set: ChannelSet) -> None:
+        """See :meth:`ChannelSet.leave`."""
+
+    def mint(self, position: int) -> str:
+        """Return the cursor that stands for a position."""
+
+    def wait(self, ready: concurrency.Event, timeout: float) -> None:
+        """Wait for an event that is set when there may be news (seconds)."""
+
+
+class ChannelSet:
+    """One channel or several, as all who subscribe to just these share them.
+
+    A position is a place in the broker's sequence of events, as a number. Who has read up to a
+    position has every event of the channels up to it.
+
+    :param owner: the broker.
+    :param channels: the channels.
+    :ivar names: their names.
+    :ivar size: how many subscriptions it has.
+    :ivar end: the position of the last event that is read; ``None`` as long as it goes on.
+    :ivar waiting: the events of those who wait for news on a thread or greenlet of their own.
+    """
+
+    __slots__ = ("channels", "end", "names", "owner", "size", "waiting")
+
+    def __init__(self, owner: Owner, channels: Sequence[Channel]) -> None:
+        self.owner = owner
+        self.channels = channels
+        self.names = tuple([channel.name for channel in channels])
+        self.size = 0
+        self.end: int | None = None
+        self.waiting: set[concurrency.Event] = set()
+
+    def read(
+        self, after: int, until: int | None = None, max_bytes: int | None = None
+    ) -> tuple[bytes, int] | None:
+        """Return the events behind a position, and the position behind them.
+
+        :param after: the position.
+        :param until: the position where to stop; the latest by default.
+        :param max_bytes: stop with the event that reaches this size; if the bytes returned are
+            fewer, there was no more to read.
+        :returns: whole events as bytes, ``b""`` if there are none, and the new position; ``None``
+            if they have ended, or if some of the events are gone.
+        """
+        return self.owner.read(self, after, until, max_bytes)
+
+    def leave(self) -> None:
+        """Take one subscription off the books, at once or with the next call."""
+        self.owner.leave(self)
+
+
+class _Watch:
+    __slots__ = ("ring", "stirred")
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self.ring = ring
+        self.stirred: set[Channel] = set()
+
+
+class Channels:
+    """The books of a broker. They have no lock: the broker's is held around every call but rings.
+
+    :param new_history: makes the history of a channel, given the highest number in the sequence
+        that may have been dropped from it before.
+    :param seconds: how long a channel is kept that nobody touches, in seconds.
+    """
+
+    def __init__(self, new_history: Callable[[int], History], seconds: float) -> None:
+        self.subscriptions = 0
+        self._new_history = new_history
+        self._seconds = seconds
+        self._forgotten = 0
+        # In the order in which they were last touched, so that what has expired is found in front.
+        self._channels: OrderedDict[str, Channel] = OrderedDict()
+        self._sets: dict[tuple[str, ...], ChannelSet] = {}
+        self._watches: list[_Watch] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._channels)
+
+    def get(self, name: str) -> Channel | None:
+        """Return a channel that is in use, or ``None``."""
+        return self._channels.get(name)
+
+    def touch(self, name: str, now: float) -> Channel:
+        """Return a channel, new or in use, which is used at the time ``now`` (seconds)."""
+        channel = self._channels.get(name)
+        if channel is None:
+            channel = Channel(name, self._new_history(self._forgotten), now)
+            self._channels[name] = channel
+        channel.touched = now
+        self._channels.move_to_end(name)
+        return channel
+
+    def append(self, names: Sequence[str], entry: Entry) -> bool:
+        """Add an event to some channels; tell whether anybody reads them."""
+        is_read = False
+        for name in names:
+            channel = self.touch(name, entry.time)
+            has_readers = bool(channel.sets)
+            channel.history.append(entry, keep_tail=has_readers)
+            if has_readers:
+                is_read = True
+                self._stir(channel)
+        return is_read
+
+    def join(self, owner: Owner, channels: Sequence[Channel]) -> ChannelSet:
+        """Add a subscription to the set of some channels, and return the set."""
+        names = tuple([channel.name for channel in channels])
+        channel_set = self._sets.get(names)
+        if channel_set is None:
+            self._sets[names] = channel_set = ChannelSet(owner, channels)
+            for channel in channels:
+                channel.sets.add(channel_set)
+        channel_set.size += 1
+        self.subscriptions += 1
+        return channel_set
+
+    def leave(self, channel_set: ChannelSet, now: float) -> None:
+        """Take a subscription off a set, at the time ``now`` (seconds)."""
+        first = channel_set.channels[0]
+        if self._channels.get(first.name) is not first:
+            # A forked child's garbage collector drops what its parent has open.
+            return
+        self.subscriptions -= 1
+        channel_set.size -= 1
+        if channel_set.size:
+            return
+        if channel_set.end is None:
+            del self._sets[channel_set.names]
+        for channel in channel_set.channels:
+            channel.sets.discard(channel_set)
+            channel.history.trim(now, keep_tail=bool(channel.sets))
+            self._forget_if_idle(channel)
+
+    def end(self, channel_sets: Iterable[ChannelSet], position: int) -> int:
+        """End some sets at a position, and return how many subscriptions they have."""
+        ended = 0
+        for channel_set in channel_sets:
+            ended += channel_set.size
+            if channel_set.end is None:
+                channel_set.end = position
+                # Who subscribes from now on joins another.
+                del self._sets[channel_set.names]
+            for channel in channel_set.channels:
+                self._stir(channel)
+        return ended
+
+    def end_all(self, position: int) -> None:
+        """End every set at a position."""
+        self.end(list(self._sets.values()), position)
+
+    def sweep(self, now: float) -> None:
+        """Forget a bounded number of channels that have expired at the time ``now`` (seconds)."""
+        # A million channels that expire together must not make one publisher wait for all of them.
+        for _ in range(_SWEPT_AT_ONCE):
+            channel = next(iter(self._channels.values()), None)
+            if channel is None or now - channel.touched <= self._seconds:
+                return
+            channel.history.trim(now, keep_tail=bool(channel.sets))
+            channel.touched = now
+            self._channels.move_to_end(channel.name)
+            self._forget_if_idle(channel)
+
+    def _forget_if_idle(self, channel: Channel) -> None:
+        if not channel.history and not channel.sets:
+            self._forgotten = max(self._forgotten, channel.history.dropped)
+            self._channels.pop(channel.name, None)
+            for watch in self._watches:
+                watch.stirred.discard(channel)
+
+    def watch(self, ring: Callable[[], None]) -> _Watch:
+        """Have a function called by :meth:`ring`, and note for :meth:`news` what was stirred."""
+        self._watches.append(_Watch(ring))
+        return self._watches[-1]
+
+    def _stir(self, channel: Channel) -> None:
+        for watch in self._watches:
+            watch.stirred.add(channel)
+
+    def ring(self) -> None:
+        """Tell all who watch that there is news. No lock is needed."""
+        for watch in self._watches:
+            watch.ring()
+
+    def news(self, watch: _Watch) -> set[ChannelSet]:
+        """Return the sets with news since the last time."""
+        stirred, watch.stirred = watch.stirred, set()
+        return set().union(*[channel.sets for channel in stirred])
+
+
+def read(
+    channel_set: ChannelSet, after: int, until: int, max_bytes: int | None
+) -> tuple[list[Entry], int] | None:
+    """See :meth:`ChannelSet.read`; the entries are not joined yet."""
+    for channel in channel_set.channels:
+        if channel.history.dropped > after:
+            return None
+    found = in_order([channel.history.after(after) for channel in channel_set.channels])
+    last = until if channel_set.end is None else min(until, channel_set.end)
+    if found and found[-1].seq > last:
+        found = [entry for entry in found if entry.seq <= last]
+    if not found and channel_set.end is not None and after >= channel_set.end:
+        return None
+    return _cut(found, max(after, last), max_bytes)
+
+
+def _cut(entries: list[Entry], position: int, max_bytes: int | None) -> tuple[list[Entry], int]:
+    if max_bytes is not None:
+        size = 0
+        for n, entry in enumerate(entries):
+            size += len(entry.wire)
+            if size >= max_bytes:
+                return entries[: n + 1], entry.seq
+    return entries, position
