@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakSet
 
 from flask import Blueprint, Flask, current_app, request
 
@@ -14,7 +13,8 @@ from .body import SubscriptionBody, jittered
 from .broker import DEFAULT_CHANNEL, Broker, channel_names
 from .config import Config
 from .errors import ConfigurationError, NotRegisteredError, TooLargeError
-from .event import ServerSentEvent, encode_comment, to_json
+from .event import HEARTBEAT, ServerSentEvent, encode_comment, to_json
+from .hub import SocketHub
 from .memory_broker import MemoryBroker
 from .response import EventStreamResponse, cursor, json_dumps
 from .signals import event_published, subscriber_connected, subscriber_disconnected
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from flask.blueprints import BlueprintSetupState
+    from flask.sansio.app import App
 
     from .broker import Subscription
 
@@ -37,9 +38,10 @@ class State:
     config: Config
     broker: Broker
     max_subscribers: int | None
+    hub: SocketHub | None
+    on_close: Callable[[SubscriptionBody], None]
     has_warned: bool = False
     blueprints: list[EventStream] = field(default_factory=list)
-    streams: WeakSet[SubscriptionBody] = field(default_factory=WeakSet)
 
 
 class EventStream(Blueprint):
@@ -133,7 +135,7 @@ class EventStream(Blueprint):
             )
         if request.method == "HEAD":
             return EventStreamResponse(())
-        access.check_room(len(state.streams), state.max_subscribers)
+        access.check_room(state.broker.subscriptions, state.max_subscribers)
         _warn_of_processes(state)
         subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
         body = _open_body(state, subscription, snapshot)
@@ -218,13 +220,20 @@ class EventStream(Blueprint):
     def _install(self, setup: BlueprintSetupState) -> None:
         extensions = setup.app.extensions
         if "eventstream" not in extensions:
-            extensions["eventstream"] = _new_state(Config.read(setup.app.config))
+            extensions["eventstream"] = _new_state(setup.app)
         extensions["eventstream"].blueprints.append(self)
 
 
-def _new_state(config: Config) -> State:
+def _new_state(app: App) -> State:
+    config = Config.read(app.config)
+    broker = _new_broker(config)
+    hub = SocketHub(broker.watch, config.heartbeat, HEARTBEAT, config.max_lag)
     room = config.max_subscribers or access.default_max_subscribers()
-    return State(config, _new_broker(config), room)
+
+    def on_close(body: SubscriptionBody) -> None:
+        subscriber_disconnected.send(app, channels=body.subscription.channels)
+
+    return State(config, broker, room, hub if config.hijack else None, on_close)
 
 
 def _new_broker(config: Config) -> Broker:
@@ -255,20 +264,15 @@ def _open_body(
     state: State, subscription: Subscription, snapshot: Callable[[], Any] | None
 ) -> SubscriptionBody:
     config = state.config
-    app = _app()
     try:
         start = _first_bytes(config, subscription, snapshot)
     except BaseException:
         subscription.close()
         raise
 
-    def forget(body: SubscriptionBody) -> None:
-        state.streams.discard(body)
-        subscriber_disconnected.send(app, channels=subscription.channels)
-
-    body = SubscriptionBody(subscription, start, config.heartbeat, config.max_lifetime, forget)
-    state.streams.add(body)
-    return body
+    return SubscriptionBody(
+        subscription, start, config.heartbeat, config.max_lifetime, state.on_close
+    )
 
 
 def _first_bytes(

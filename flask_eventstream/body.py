@@ -5,6 +5,7 @@ It sees bytes, and knows neither Flask nor events.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .broker import Subscription
 
 _PROBE_SECONDS = 1.0
+_PIECE_BYTES = 16 * 1024
+"""The first bytes may be many, and a server that is about to lose its socket must not wait."""
 
 
 class SubscriptionBody:
@@ -30,7 +33,21 @@ class SubscriptionBody:
     :param heartbeat: the longest silence, in seconds.
     :param max_lifetime: after how many seconds it ends, jittered by 20 %; ``None`` for never.
     :param on_close: called once with this body, when the subscription is off the books.
+    :ivar subscription: what the client has to get.
+    :ivar end: when it ends at the latest, by :func:`time.monotonic`.
     """
+
+    # Only one of the roads needs more than these, and there may be many thousands of it.
+    __slots__ = (
+        "__weakref__",
+        "_heartbeat",
+        "_is_open",
+        "_on_close",
+        "_silence",
+        "_start",
+        "end",
+        "subscription",
+    )
 
     def __init__(
         self,
@@ -40,36 +57,43 @@ class SubscriptionBody:
         max_lifetime: float | None,
         on_close: Callable[[SubscriptionBody], None],
     ) -> None:
-        self._subscription = subscription
+        self.subscription = subscription
+        self.end = math.inf if max_lifetime is None else time.monotonic() + jittered(max_lifetime)
         self._start = start
-        self._silence = Silence(heartbeat)
-        lifetime = float("inf") if max_lifetime is None else jittered(max_lifetime)
-        self._end = time.monotonic() + lifetime
-        self._on_close = [on_close]
+        self._heartbeat = heartbeat
+        self._silence: Silence | None = None
+        self._on_close = on_close
+        self._is_open = True
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
         if self._start:
-            start, self._start = self._start, b""
-            return start
-        pause = min(self._silence.pause, self._end - time.monotonic())
-        events = None if pause <= 0 else self._subscription.take(pause)
+            return self.take_start(_PIECE_BYTES)
+        silence = self._silence = self._silence or Silence(self._heartbeat)
+        pause = min(silence.pause, self.end - time.monotonic())
+        events = None if pause <= 0 else self.subscription.take(pause)
         if events is None:
             self.close()
             raise StopIteration
-        return self._silence.broken_by(events or HEARTBEAT)
+        return silence.broken_by(events or HEARTBEAT)
+
+    def take_start(self, size: int | None = None) -> bytes:
+        """Take the first bytes, all that are left or as many as ``size``, and return them."""
+        start = self._start[:size]
+        self._start = self._start[len(start) :]
+        return start
 
     def close(self) -> None:
         """End the subscription; from any thread, more than once."""
-        self._subscription.close()
+        self.subscription.close()
         try:
-            on_close = self._on_close.pop()
-        except IndexError:
-            # To pop is one step, so that of many threads that close at once only one tells it.
+            # One step, so that of many threads that close at once only one tells it.
+            del self._is_open
+        except AttributeError:
             return
-        on_close(self)
+        self._on_close(self)
 
 
 class Silence:

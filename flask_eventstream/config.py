@@ -34,6 +34,10 @@ def _url(value: Any) -> str | None:
     return None if isinstance(value, str) else "must be a str, such as 'memory://'"
 
 
+def _flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "must be True or False"
+
+
 _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "broker_url": _url,
     "history": _whole(0),
@@ -45,6 +49,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "max_subscribers": _whole(1),
     "max_lifetime": _seconds,
     "max_lag": _seconds,
+    "hijack": _flag,
 }
 
 
@@ -66,6 +71,8 @@ class Config:
         by default.
     :param max_lag: for how many seconds events beyond the history are kept for subscribers that are
         connected. One that takes nothing for longer may have fallen behind; then its stream ends.
+    :param hijack: whether subscribers' sockets are taken out of the server, where that is possible,
+        so that they need no thread and no greenlet.
     """
 
     broker_url: str = "memory://"
@@ -78,6 +85,7 @@ class Config:
     max_subscribers: int | None = None
     max_lifetime: float | None = None
     max_lag: float = 30
+    hijack: bool = True
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Config:

@@ -1,8 +1,8 @@
 """The HTTP response that carries an event stream, and the road that its bytes take.
 
 Two kinds of body stand behind it. A generator sends what a view produces to the one client that
-asked. A :class:`SubscriptionBody` sends what a subscription has to get. Nothing outside this file
-knows which road it takes.
+asked. A :class:`SubscriptionBody` sends what a subscription has to get, by one of two roads: the
+server iterates it, or the hub has the client's socket. Nothing outside this file knows which.
 """
 
 from __future__ import annotations
@@ -27,15 +27,22 @@ from flask import (
     stream_with_context,
 )
 from flask.json.provider import DefaultJSONProvider
+from werkzeug.wsgi import ClosingIterator
 
+from . import hijack
 from .body import Silence, SubscriptionBody
 from .config import check_seconds
 from .event import HEARTBEAT, MAX_EVENT_BYTES
 from .format import FINISHED_ID, StreamFormat, stream_format
 from .producer import END, NOTHING, Producers
+from .subscriber import Subscriber, framed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
+
+    from _typeshed.wsgi import WSGIEnvironment
+
+    from .hub import SocketHub
 
 HEADERS = {
     # no-transform: a proxy that compresses would hold events back until its buffer is full.
@@ -75,6 +82,7 @@ class EventStreamResponse(Response):
     default_mimetype = "text/event-stream"
     # What asks for the whole body of an endless stream gets an error and not a hung worker.
     implicit_sequence_conversion = False
+    _has_closers = False
 
     def __init__(
         self,
@@ -103,7 +111,31 @@ class EventStreamResponse(Response):
         if self.status_code == 204:
             del self.headers["Content-Type"]
         # The body would be closed only by a server that has begun to iterate it.
-        self.call_on_close(partial(_close, to_close))
+        super().call_on_close(partial(_close, to_close))
+
+    def call_on_close(self, func: Callable[[], Any]) -> Callable[[], Any]:
+        """Have a function called when the stream ends."""
+        self._has_closers = True
+        return super().call_on_close(func)
+
+    def get_app_iter(self, environ: WSGIEnvironment) -> Iterable[bytes]:
+        """Return the body for a WSGI server: the place where its road is chosen."""
+        app_iter = super().get_app_iter(environ)
+        stream = self.response
+        if not (isinstance(stream, SubscriptionBody) and isinstance(app_iter, ClosingIterator)):
+            return app_iter
+        hub = current_app.extensions["eventstream"].hub
+        server = hijack.server_socket(environ) if hub is not None and self._is_plain() else None
+        if server is None:
+            return app_iter
+        # Whoever wants to know when the stream ends may need the whole response for that.
+        owner = self if self._has_closers else stream
+        hand_over = partial(_hand_over, hub, stream, owner)
+        return hijack.HijackingBody(server, iter(app_iter), hand_over, app_iter.close)
+
+    def _is_plain(self) -> bool:
+        size = sum([len(name) + len(value) for name, value in self.headers])
+        return size < hijack.MAX_HEAD_BYTES and "Content-Encoding" not in self.headers
 
 
 def merge(*sources: Iterable[Any]) -> Iterator[Any]:
@@ -177,6 +209,28 @@ def carry_context(function: Callable[[], None]) -> Callable[[], None]:
 def _has_own_dumps(provider: DefaultJSONProvider) -> bool:
     is_overridden = provider.__class__.dumps is not DefaultJSONProvider.dumps
     return is_overridden or "dumps" in vars(provider)
+
+
+def _hand_over(
+    hub: SocketHub,
+    stream: SubscriptionBody,
+    owner: SubscriptionBody | EventStreamResponse,
+    hijacked: hijack.Hijacked,
+) -> None:
+    subscription = stream.subscription
+    start = stream.take_start()
+    wire = framed(start, hijacked.is_chunked) if start else b""
+    hub.add(
+        Subscriber(
+            hijacked.descriptor,
+            owner,
+            subscription.channel_set,
+            subscription.position,
+            hijacked.head + wire,
+            hijacked.is_chunked,
+            stream.end,
+        )
+    )
 
 
 def _max_event_bytes() -> int:

@@ -59,8 +59,7 @@ def state() -> dict[str, Any]:
     greenlets = [one for one in gc.get_objects() if gevent and isinstance(one, gevent.Greenlet)]
     return {
         "subscribers": eventstream.subscriber_count(),
-        "streams": len(current_app.extensions["eventstream"].streams),
-        "channels": len(current_app.extensions["eventstream"].broker._channels),
+        "channels": len(list(current_app.extensions["eventstream"].broker._channels)),
         "threads": sum(is_ours(frame) for frame in sys._current_frames().values()),
         "greenlets": sum(not one.dead for one in greenlets),
         "descriptors": len(os.listdir("/proc/self/fd")),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def subscribers(app: Flask) -> tuple[int, int]:
     state = app.extensions["eventstream"]
-    return state.broker.subscriber_count(), len(state.streams)
+    return state.broker.subscriber_count(), state.broker.subscriptions
 
 
 def test_what_is_published_arrives_in_every_open_stream(
