@@ -29,7 +29,7 @@ import resource
 import signal
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -76,11 +76,17 @@ class Turn(NamedTuple):
 def main() -> None:
     options = read_options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated."))
-    _raise_descriptor_limit(max(options.subscribers))
     machine = print_machine(DISTRIBUTIONS)
     absent: dict[str, str] = {}
-    with closing(Crowd(options.clients)) as crowd:
-        results = Results(list(_take_rounds(options, crowd, absent)))
+    most = _raise_descriptor_limit() - RESERVED_DESCRIPTORS
+    for size in [size for size in options.subscribers if size > most]:
+        absent[f"{size:,} subscribers"] = f"the system allows {most:,} for each process"
+        options.subscribers.remove(size)
+    results = Results([])
+    with closing(Crowd(options.clients)) as crowd, suppress(KeyboardInterrupt):
+        # What was measured until then is told.
+        for run in _take_rounds(options, crowd, absent):
+            results.runs.append(run)
     machine["programs"] = program_versions()
     print("\n" + ", ".join(f"{name} {version}" for name, version in machine["programs"].items()))
     print_tables(results)
@@ -132,12 +138,11 @@ def _client_processes() -> int:
     return max(1, min(4, (os.cpu_count() or 1) - 1))
 
 
-def _raise_descriptor_limit(subscribers: int) -> None:
+def _raise_descriptor_limit() -> int:
     """Let this process, and all that it starts, have as many sockets as the system allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard != resource.RLIM_INFINITY and hard < subscribers + RESERVED_DESCRIPTORS:
-        raise SystemExit(f"{subscribers:,} subscribers need more than {hard:,} open files.")
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
 
 def _take_rounds(

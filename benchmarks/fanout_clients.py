@@ -113,9 +113,10 @@ class Crowd:
         end = time.monotonic() + seconds
         waiting = set(self._pipes)
         while waiting and (left := end - time.monotonic()) > 0:
-            for pipe in wait(list(waiting), left):
-                _receive(pipe)  # type: ignore[arg-type]  # it is one of ours
-                waiting.discard(pipe)  # type: ignore[arg-type]
+            ready = wait(list(waiting), left)
+            for pipe in [pipe for pipe in waiting if pipe in ready]:
+                _receive(pipe)
+                waiting.discard(pipe)
         return not waiting
 
     def report(self) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +11,7 @@ from fanout_servers import LIMIT, servers
 from fanout_session import BURST_EVENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     Figures = Mapping[str, float]
@@ -45,7 +46,7 @@ class Column(NamedTuple):
 class Results:
     """The figures of all rounds; what is told is the median of them."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: list[Run]) -> None:
         self.runs = runs
 
     def get(self, server: str, subscribers: int, key: str, sets: str = "single") -> float | None:
@@ -81,15 +82,18 @@ class Results:
         return [name for name in names if self.get(name, subscribers, key, sets) is not None]
 
 
-STEADY = [
-    Column("CPU us", "steady.cpu_us", "{:,.2f}", has_ratio=True),
-    Column("p50 ms", "steady.p50_ms"),
-    Column("p99 ms", "steady.p99_ms"),
-    Column("max ms", "steady.max_ms"),
-    Column("lost", "steady.lost", "{:,.0f}"),
-    Column("one each ms", "steady.published_every_ms", "{:,.0f}"),
-    Column("CPU us of a POST", "request.cpu_us", "{:,.0f}"),
-]
+def _pace(name: str) -> list[Column]:
+    return [
+        Column("CPU us", f"{name}.cpu_us", "{:,.2f}", has_ratio=True),
+        Column("p50 ms", f"{name}.p50_ms"),
+        Column("p99 ms", f"{name}.p99_ms"),
+        Column("max ms", f"{name}.max_ms"),
+        Column("lost", f"{name}.lost", "{:,.0f}"),
+        Column("one each ms", f"{name}.published_every_ms", "{:,.0f}"),
+        Column("CPU us of a POST", "request.cpu_us", "{:,.0f}"),
+    ]
+
+
 IDLE = [
     Column("KB", "memory.kb"),
     Column("CPU us to connect", "connect.cpu_us", "{:,.0f}"),
@@ -119,7 +123,8 @@ CALLER = [
     Column("p99", "publish.p99_cpu_us"),
 ]
 TABLES = {
-    "a steady pace: CPU time for a delivery, latency": STEADY,
+    "a steady pace: CPU time for a delivery, latency": _pace("steady"),
+    "a calm pace: the same": _pace("calm"),
     "idle: memory and CPU time for a subscriber": IDLE,
     f"{BURST_EVENTS} events back to back: deliveries": BURST,
     "beside a computing request: from publish() until all are reached": BUSY,
@@ -205,6 +210,10 @@ def _judge_server(results: Results, name: str, size: int) -> list[Bar]:
         Bar(f"{label}: CPU of a delivery", 1.3, "x the C loop", False,
             ratio("steady.cpu_us", LIMIT)),
         Bar(f"{label}: CPU of a delivery", 1.0, "x nchan", False, ratio("steady.cpu_us", "nchan")),
+        Bar(f"{label}: CPU of a delivery, calm", 1.3, "x the C loop", False,
+            ratio("calm.cpu_us", LIMIT)),
+        Bar(f"{label}: CPU of a delivery, calm", 1.0, "x nchan", False,
+            ratio("calm.cpu_us", "nchan")),
         Bar(f"{label}: all reached beside a busy thread, p99", 50.0, "ms", False,
             figure("busy.p99_reach_ms")),
         Bar(f"{label}: deliveries/s of a burst", 10.0, "x nchan", True, speed),
@@ -213,6 +222,8 @@ def _judge_server(results: Results, name: str, size: int) -> list[Bar]:
             figure("publish.p50_wall_us")),
         Bar(f"{label}: CPU of a delivery, own channels", 2.0, "x a single set", False,
             ratio("steady.cpu_us", name, "own")),
+        Bar(f"{label}: CPU of a delivery, own channels, calm", 2.0, "x a single set", False,
+            ratio("calm.cpu_us", name, "own")),
     ]  # fmt: skip
 
 
@@ -248,10 +259,12 @@ def write_json(
 
 # Plots
 
+# Each with the figures that it takes the first of. The calm pace has as many deliveries/s as the
+# steady one to fewer subscribers, so that one line goes through both.
 PANELS = {
-    "CPU time for a delivery, us": "steady.cpu_us",
-    "memory of an idle subscriber, KB": "memory.kb",
-    "latency at p99, ms": "steady.p99_ms",
+    "CPU time for a delivery, us": ["calm.cpu_us", "steady.cpu_us"],
+    "memory of an idle subscriber, KB": ["memory.kb"],
+    "latency at p99, ms": ["calm.p99_ms", "steady.p99_ms"],
 }
 INK = "#808080"
 """Of the letters; readable on white and on black."""
@@ -265,9 +278,9 @@ def write_svg(path: Path | None, results: Results) -> None:
 
     mpl.use("Agg")
     # Letters and not shapes of letters; and the same file for the same figures.
-    mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fanout", "text.color": INK}
-    mpl.rcParams |= {f"{part}.color": INK for part in ("xtick", "ytick")}
-    mpl.rcParams |= {"axes.edgecolor": INK, "axes.labelcolor": INK, "font.size": 9}
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fanout", "font.size": 9})
+    mpl.rcParams.update({"text.color": INK, "xtick.color": INK, "ytick.color": INK})
+    mpl.rcParams.update({"axes.edgecolor": INK, "axes.labelcolor": INK})
     _draw(path, results)
 
 
@@ -275,18 +288,22 @@ def _draw(path: Path, results: Results) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(11, 4.6), layout="constrained")
-    for place, (title, key) in zip(axes, PANELS.items(), strict=True):
-        _draw_panel(place, results, title, key)
+    for place, (title, keys) in zip(axes, PANELS.items(), strict=True):
+        _draw_panel(place, results, title, keys)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
-def _draw_panel(place: Any, results: Results, title: str, key: str) -> None:
+def _draw_panel(place: Any, results: Results, title: str, keys: Sequence[str]) -> None:
     for name, style in _styles(results).items():
-        figures = {size: results.get(name, size, key) for size in results.sizes()}
-        # A logarithmic scale has no place for nothing.
-        points = {size: max(figure, 0.1) for size, figure in figures.items() if figure is not None}
+        points = {}
+        for size in results.sizes():
+            figures = (results.get(name, size, key) for key in keys)
+            figure = next((figure for figure in figures if figure is not None), None)
+            if figure is not None:
+                # A logarithmic scale has no place for nothing.
+                points[size] = max(figure, 0.1)
         if points:
             place.plot(list(points), list(points.values()), label=name, **style)
     place.set(title=title, xscale="log", yscale="log", xlabel="subscribers")
@@ -301,12 +318,14 @@ def _styles(results: Results) -> dict[str, dict[str, Any]]:
     """Return how each server is drawn: the limit dashed, ours thick, peers thin."""
     names = list(dict.fromkeys(run.server for run in results.runs))
     ours = iter(["#1f7fd6", "#2aa198", "#5b6fd8", "#3a9bdc", "#6aa84f"])
-    peers = iter(["#d9822b", "#c0563a", "#b5890d", "#c74b8b", "#9a6a3a", "#a05195", "#8a8d2b"])
-    choose: Callable[[str], dict[str, Any]] = lambda name: (  # noqa: E731
-        {"color": INK, "linestyle": "--", "marker": "o"}
-        if name == LIMIT
-        else {"color": next(ours), "linewidth": 2.5, "marker": "o"}
-        if name in HUB
-        else {"color": next(peers, INK), "linewidth": 1.2, "marker": "."}
-    )
-    return {name: choose(name) for name in names}
+    peers = cycle(["#d9822b", "#c0563a", "#b5890d", "#c74b8b", "#9a6a3a", "#a05195", "#8a8d2b"])
+    markers = cycle("sDv^<>PX")
+
+    def style(name: str) -> dict[str, Any]:
+        if name == LIMIT:
+            return {"color": INK, "linestyle": "--", "marker": "o"}
+        if name in HUB:
+            return {"color": next(ours, INK), "linewidth": 2.5, "marker": "o"}
+        return {"color": next(peers), "linewidth": 1.2, "marker": next(markers), "markersize": 4}
+
+    return {name: style(name) for name in names}

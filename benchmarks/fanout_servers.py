@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PEERS = Path(__file__).parent / "peers"
 LIMIT = "C epoll loop"
+RUN_SECONDS = 120.0
 START_SECONDS = 20.0
 STOP_SECONDS = 5.0
 NCHAN_MODULE = "ngx_nchan_module.so"
@@ -238,20 +239,24 @@ def _need_program(*names: str) -> str:
 
 def _run(command: Command) -> str:
     """Return what a program prints."""
-    result = subprocess.run(
-        command, cwd=PEERS, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=120,
-    )  # fmt: skip
+    name = Path(command[0]).name
+    try:
+        result = subprocess.run(
+            command, cwd=PEERS, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=RUN_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise AbsentError(f"{name} failed: {error}") from error
     if result.returncode:
         last = result.stdout.strip().splitlines()[-1:]
-        raise AbsentError(f"{Path(command[0]).name} failed: {' '.join(last)}")
+        raise AbsentError(f"{name} failed: {' '.join(last)}")
     return result.stdout
 
 
 def program_versions() -> dict[str, str]:
     """Return the versions of the programs that are no Python packages, where they are."""
     found = {
-        "cc": _version_of(["cc", "--version"], r" (\d+\.\d\S*)"),
+        "cc": _version_of(["cc", "--version"], r" (\d+\.\d+\.\d+)"),
         "nginx": _version_of(["nginx", "-v"], r"nginx/(\S+)"),
         "node": _version_of(["node", "--version"], r"v(\S+)"),
         "redis-server": _version_of(["redis-server", "--version"], r"v=(\S+)"),
@@ -265,7 +270,7 @@ def _version_of(command: Command, pattern: str) -> str | None:
     try:
         program = _need_program(command[0])
         match = re.search(pattern, _run([program, *command[1:]]))
-    except (AbsentError, OSError, subprocess.TimeoutExpired):
+    except AbsentError:
         return None
     return match[1] if match else None
 

@@ -6,11 +6,11 @@ import json
 import socket
 import time
 from contextlib import closing
-from http.client import HTTPConnection, HTTPResponse
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from fanout_servers import AbsentError, Cpu, Running, Server, running
+from fanout_servers import Cpu, Running, Server, running
 
 from flask_eventstream import EventStreamParser
 
@@ -34,9 +34,13 @@ LISTENERS = 5
 CHECKED_EVENTS = 20
 LONELY_EVENTS = 50
 TIMED_CALLS = 100
+TIMED_SECONDS = 6.0
 TIMED_PAUSE = 0.005
 TIMED_PAUSE_FOR_EACH = 8e-6
 """More than it takes to reach a subscriber, so that one call's event is out before the next."""
+CALM_FROM = 1_000
+"""To more subscribers events are also published so slowly that deliveries/s are as to these."""
+CALM_EVENTS = 8
 BURST_EVENTS = 100
 BURST_MOST = 1_000
 """To more subscribers a burst would fill the sockets' buffers."""
@@ -50,7 +54,7 @@ class Load(NamedTuple):
     """How much is published.
 
     :param size: bytes of data of an event.
-    :param interval: seconds between two events.
+    :param interval: seconds between two events, which may be more than a server keeps up with.
     :param events: how many are published steadily.
     :param bursts: how many bursts there are.
     """
@@ -75,13 +79,18 @@ def measure(server: Server, subscribers: int, sets: str, load: Load, crowd: Crow
     :raises CrowdError: if it does not take the subscribers.
     """
     with running(server, subscribers) as found:
-        check(found, sets, load.size)
         try:
-            return _Session(found, subscribers, sets, load, crowd).measure()
-        except OSError as error:
-            raise AbsentError(f"{error}; {found.last_words()}") from error
-        finally:
+            check(found, sets, load.size)
+            figures = _Session(found, subscribers, sets, load, crowd).measure()
+        except (OSError, HTTPException) as error:
             crowd.disconnect()
+            raise WrongError(f"{error!r}; {found.last_words()}") from error
+        except Exception:
+            crowd.disconnect()
+            raise
+        # Not after Ctrl-C, which the subscribers' processes may not have time for.
+        crowd.disconnect()
+        return figures
 
 
 class Publisher:
@@ -162,8 +171,6 @@ def check(found: Running, sets: str, size: int) -> None:
         expected = _publish_to_check(found, size)
         for connection in connections:
             _compare(_read_events(connection, len(expected)), expected)
-    except OSError as error:
-        raise WrongError(f"{error}; {found.last_words()}") from error
     finally:
         for connection in connections:
             connection.close()
@@ -229,14 +236,14 @@ class _Session:
     def measure(self) -> Figures:
         figures = self._lonely()
         if self._server.is_ours:
-            figures |= self._timed_publish("publish_alone", 0)
+            figures |= self._timed_publish("publish_alone")
         figures |= self._connect()
         self._warm_up()
-        figures |= self._steady()
+        figures |= self._paces()
         if self._subscribers <= BURST_MOST:
             figures |= self._bursts()
         if self._server.is_ours:
-            figures |= self._timed_publish("publish", self._subscribers)
+            figures |= self._timed_publish("publish")
         if self._server.has_threads and self._subscribers <= BUSY_MOST:
             figures |= self._busy()
         return figures
@@ -279,19 +286,26 @@ class _Session:
                 raise WrongError(f"{got} of {self._subscribers} subscribers got an event")
         settle(self._found)
 
-    def _steady(self) -> Figures:
+    def _paces(self) -> Figures:
+        interval, seconds = self._load.interval, self._load.interval * self._load.events
+        figures = self._steady("steady", interval, self._load.events)
+        if self._subscribers > CALM_FROM:
+            interval *= self._subscribers / CALM_FROM
+            figures |= self._steady("calm", interval, max(CALM_EVENTS, round(seconds / interval)))
+        return figures
+
+    def _steady(self, name: str, interval: float, events: int) -> Figures:
         self._crowd.record()
         before = self._found.cpu()
         start = time.monotonic()
-        published = self._publish_steadily(start)
+        published = self._publish_steadily(start, interval, events)
         seconds = time.monotonic() - start
         self._crowd.wait(published, DRAIN_SECONDS)
-        figures = self._deliveries("steady", before, published)
-        return figures | {"steady.published_every_ms": seconds / published * 1e3}
+        figures = self._deliveries(name, before, published)
+        return figures | {f"{name}.published_every_ms": seconds / published * 1e3}
 
-    def _publish_steadily(self, start: float) -> int:
+    def _publish_steadily(self, start: float, interval: float, events: int) -> int:
         """Publish, and return how many events it was; a server that is late gets fewer of them."""
-        events, interval = self._load.events, self._load.interval
         end = start + 2 * events * interval + 2
         with closing(Publisher(self._found.port)) as publisher:
             for number in range(events):
@@ -299,6 +313,8 @@ class _Session:
                 if time.monotonic() > end:
                     return number
                 publisher.post("/publish", stamped(self._load.size, number))
+        # The pause after the last one belongs to it.
+        time.sleep(max(0.0, start + events * interval - time.monotonic()))
         return events
 
     def _bursts(self) -> Figures:
@@ -343,11 +359,18 @@ class _Session:
         }
         return {f"{name}.{key}": figure for key, figure in figures.items()}
 
-    def _timed_publish(self, name: str, subscribers: int) -> Figures:
-        pause = TIMED_PAUSE + TIMED_PAUSE_FOR_EACH * subscribers
+    def _timed_publish(self, name: str) -> Figures:
+        """Let a view time its call of publish(), when the event before is out."""
+        calls: list[list[int]] = []
+        # As far apart if nobody listens, or a cold cache would be taken for the subscribers' price.
+        pause = TIMED_PAUSE + TIMED_PAUSE_FOR_EACH * self._subscribers
+        end = time.monotonic() + TIMED_SECONDS
         with closing(Publisher(self._found.port)) as publisher:
-            path = f"/time-publish?n={TIMED_CALLS}&pause={pause}"
-            calls = json.loads(publisher.post(path, stamped(self._load.size, 0)))
+            while len(calls) < TIMED_CALLS and time.monotonic() < end:
+                time.sleep(pause)
+                calls.append(
+                    json.loads(publisher.post("/time-publish", stamped(self._load.size, 0)))
+                )
         settle(self._found)
         walls, cpus = zip(*calls, strict=True)
         figures = _percentiles([ns / 1e3 for ns in walls], "wall_us")
