@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from . import concurrency
 
 _SWEPT_AT_ONCE = 16
+_SMALLEST_EVENT = 10
+"""No published event is smaller, in bytes on the wire: each has an id and data."""
 
 
 class Channel:
@@ -241,11 +243,19 @@ def read(
     channel_set: ChannelSet, after: int, until: int, max_bytes: int | None
 ) -> tuple[list[Entry], int] | None:
     """See :meth:`ChannelSet.read`; the entries are not joined yet."""
+    last = until if channel_set.end is None else min(until, channel_set.end)
+    # So many events reach the size.
+    limit = None if max_bytes is None else max_bytes // _SMALLEST_EVENT + 1
+    kept = []
     for channel in channel_set.channels:
         if channel.history.dropped > after:
             return None
-    found = in_order([channel.history.after(after) for channel in channel_set.channels])
-    last = until if channel_set.end is None else min(until, channel_set.end)
+        entries = channel.history.after(after, limit)
+        kept.append(entries)
+        if len(entries) == limit:
+            # Nothing is known of what comes behind, which may be older than others' entries.
+            last = min(last, entries[-1].seq)
+    found = in_order(kept)
     if found and found[-1].seq > last:
         found = [entry for entry in found if entry.seq <= last]
     if not found and channel_set.end is not None and after >= channel_set.end:

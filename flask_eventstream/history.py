@@ -12,12 +12,16 @@ seconds, so that one who stands still costs no more than that.
 
 from __future__ import annotations
 
-from collections import deque
-from itertools import islice, takewhile
+from bisect import bisect_right
+from itertools import takewhile
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+_DROPPED_AT_ONCE = 16
+_seq_of = attrgetter("seq")
 
 _ENTRY_OVERHEAD = 256
 """What an entry counts besides its wire, in bytes: 176 on CPython 3.11, and room for an own id."""
@@ -50,6 +54,7 @@ class History:
         "_bytes",
         "_dropped",
         "_entries",
+        "_first",
         "_seconds",
         "_size",
         "_tail_bytes",
@@ -65,10 +70,13 @@ class History:
         self._tail_seconds = tail_seconds
         self._dropped = dropped
         self._bytes = 0
-        self._entries: deque[Entry] = deque()
+        # A list, in which a position is found by bisection; those before the first are dropped
+        # some at a time.
+        self._entries: list[Entry] = []
+        self._first = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries) - self._first
 
     @property
     def dropped(self) -> int:
@@ -87,56 +95,67 @@ class History:
 
     def trim(self, now: float, keep_tail: bool) -> None:
         """Drop what nobody can ask for any more at the time ``now`` (seconds)."""
-        while self._entries and not self._is_needed(self._entries[0], now, keep_tail):
-            entry = self._entries.popleft()
+        entries = self._entries
+        while self._first < len(entries) and not self._is_needed(
+            entries[self._first], now, keep_tail
+        ):
+            entry = entries[self._first]
+            self._first += 1
             self._bytes -= len(entry.wire) + _ENTRY_OVERHEAD
             self._dropped = entry.seq
+        if self._first > _DROPPED_AT_ONCE + len(entries) // 64 or self._first == len(entries):
+            del entries[: self._first]
+            self._first = 0
 
     def _is_needed(self, oldest: Entry, now: float, keep_tail: bool) -> bool:
-        if len(self._entries) <= self._size and now - oldest.time <= self._seconds:
+        if len(self) <= self._size and now - oldest.time <= self._seconds:
             return True
         # The newest event stays, however large it is: nobody can have taken it yet.
-        is_small = self._bytes <= self._tail_bytes or len(self._entries) == 1
+        is_small = self._bytes <= self._tail_bytes or len(self) == 1
         return keep_tail and is_small and now - oldest.time <= self._tail_seconds
 
-    def after(self, seq: int) -> list[Entry]:
+    def after(self, seq: int, limit: int | None = None) -> list[Entry]:
         """Return what is kept after a sequence number, in order.
 
         It is complete if ``seq`` is at least :attr:`dropped`.
+
+        :param seq: the sequence number.
+        :param limit: the number of entries to return at most.
         """
-        found: list[Entry] = []
-        for entry in reversed(self._entries):
-            if entry.seq <= seq:
-                break
-            found.append(entry)
-        found.reverse()
-        return found
+        entries = self._entries
+        # What a reader lacks who keeps up is the newest one.
+        if not entries or entries[-1].seq <= seq:
+            return []
+        if len(entries) - self._first > 1 and entries[-2].seq <= seq:
+            return entries[-1:]
+        start = bisect_right(entries, seq, self._first, key=_seq_of)
+        return entries[start : None if limit is None else start + limit]
 
     def replayable(self, now: float) -> list[Entry]:
         """Return what a client that returns at the time ``now`` (seconds) may still get."""
-        return list(islice(self._entries, self._hidden(now), None))
+        return self._entries[self._first + self._hidden(now) :]
 
     def complete_since(self, now: float) -> int:
         """Return the lowest sequence number after which :meth:`replayable` lacks nothing."""
         hidden = self._hidden(now)
-        return self._entries[hidden - 1].seq if hidden else self._dropped
+        return self._entries[self._first + hidden - 1].seq if hidden else self._dropped
 
     def _hidden(self, now: float) -> int:
-        too_many = max(0, len(self._entries) - self._size)
-        newest = islice(self._entries, too_many, None)
+        too_many = max(0, len(self) - self._size)
+        newest = self._entries[self._first + too_many :]
         return too_many + sum(1 for _ in takewhile(lambda e: now - e.time > self._seconds, newest))
 
     def positions(self, id: str) -> list[int]:
         """Return the sequence numbers of the events that were published with this id."""
-        return [entry.seq for entry in self._entries if entry.id == id]
+        return [entry.seq for entry in self._entries[self._first :] if entry.id == id]
 
 
 def in_order(histories: Iterable[list[Entry]]) -> list[Entry]:
     """Join the entries of several channels into one sequence, each event once."""
-    first, *others = histories
-    if not others:
-        return first
-    return sorted({entry.seq: entry for kept in (first, *others) for entry in kept}.values())
+    kept = [entries for entries in histories if entries]
+    if len(kept) < 2:
+        return kept[0] if kept else []
+    return sorted({entry.seq: entry for entries in kept for entry in entries}.values())
 
 
 def joined(entries: Iterable[Entry]) -> bytes:
