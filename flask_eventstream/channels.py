@@ -248,26 +248,29 @@ def read(
     limit = None if max_bytes is None else max_bytes // _SMALLEST_EVENT + 1
     kept = []
     for channel in channel_set.channels:
-        if channel.history.dropped > after:
+        history = channel.history
+        if history.dropped > after:
             return None
-        entries = channel.history.after(after, limit)
-        kept.append(entries)
-        if len(entries) == limit:
-            # Nothing is known of what comes behind, which may be older than others' entries.
-            last = min(last, entries[-1].seq)
-    found = in_order(kept)
+        if history.newest > after:
+            entries = history.after(after, limit)
+            kept.append(entries)
+            if len(entries) == limit:
+                # What comes behind is not known, and may be older than others' entries.
+                last = min(last, entries[-1].seq)
+    found = kept[0] if len(kept) == 1 else in_order(kept)
     if found and found[-1].seq > last:
         found = [entry for entry in found if entry.seq <= last]
     if not found and channel_set.end is not None and after >= channel_set.end:
         return None
+    if max_bytes is None or len(found) < 2:
+        return found, max(after, last)
     return _cut(found, max(after, last), max_bytes)
 
 
-def _cut(entries: list[Entry], position: int, max_bytes: int | None) -> tuple[list[Entry], int]:
-    if max_bytes is not None:
-        size = 0
-        for n, entry in enumerate(entries):
-            size += len(entry.wire)
-            if size >= max_bytes:
-                return entries[: n + 1], entry.seq
+def _cut(entries: list[Entry], position: int, max_bytes: int) -> tuple[list[Entry], int]:
+    size = 0
+    for n, entry in enumerate(entries):
+        size += len(entry.wire)
+        if size >= max_bytes:
+            return entries[: n + 1], entry.seq
     return entries, position

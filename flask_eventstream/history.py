@@ -48,17 +48,20 @@ class History:
     :param tail_bytes: how much is kept beyond that for subscribers that are connected.
     :param tail_seconds: and for how long, in seconds.
     :param dropped: the highest sequence number that may have been dropped before.
+    :ivar dropped: the highest sequence number that is gone, for connected subscribers too.
+    :ivar newest: the highest sequence number there was.
     """
 
     __slots__ = (
         "_bytes",
-        "_dropped",
         "_entries",
         "_first",
         "_seconds",
         "_size",
         "_tail_bytes",
         "_tail_seconds",
+        "dropped",
+        "newest",
     )
 
     def __init__(
@@ -68,7 +71,7 @@ class History:
         self._seconds = seconds
         self._tail_bytes = tail_bytes
         self._tail_seconds = tail_seconds
-        self._dropped = dropped
+        self.dropped = self.newest = dropped
         self._bytes = 0
         # A list, in which a position is found by bisection; those before the first are dropped
         # some at a time.
@@ -78,11 +81,6 @@ class History:
     def __len__(self) -> int:
         return len(self._entries) - self._first
 
-    @property
-    def dropped(self) -> int:
-        """The highest sequence number that is gone for connected subscribers too."""
-        return self._dropped
-
     def append(self, entry: Entry, keep_tail: bool) -> None:
         """Add the newest event.
 
@@ -90,6 +88,7 @@ class History:
         :param keep_tail: whether somebody is connected who may still have to get older events.
         """
         self._entries.append(entry)
+        self.newest = entry.seq
         self._bytes += len(entry.wire) + _ENTRY_OVERHEAD
         self.trim(entry.time, keep_tail)
 
@@ -102,7 +101,7 @@ class History:
             entry = entries[self._first]
             self._first += 1
             self._bytes -= len(entry.wire) + _ENTRY_OVERHEAD
-            self._dropped = entry.seq
+            self.dropped = entry.seq
         if self._first > _DROPPED_AT_ONCE + len(entries) // 64 or self._first == len(entries):
             del entries[: self._first]
             self._first = 0
@@ -138,7 +137,7 @@ class History:
     def complete_since(self, now: float) -> int:
         """Return the lowest sequence number after which :meth:`replayable` lacks nothing."""
         hidden = self._hidden(now)
-        return self._entries[self._first + hidden - 1].seq if hidden else self._dropped
+        return self._entries[self._first + hidden - 1].seq if hidden else self.dropped
 
     def _hidden(self, now: float) -> int:
         too_many = max(0, len(self) - self._size)

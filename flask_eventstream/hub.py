@@ -83,6 +83,7 @@ class SocketHub:
         self._groups: dict[Source, Group] = {}
         self._sends_left = _SENDS_IN_A_ROW
         self._slot = 0
+        self._wire = self._chunk = b""
         self._now = self._next_tick = 0.0
 
     def add(self, subscriber: Subscriber) -> None:
@@ -167,11 +168,19 @@ class SocketHub:
             wire, group.position = found
             if wire:
                 group.sent = self._now
-                for is_chunked, live in enumerate(group.live):
-                    if live:
-                        self._send_to_all(live, framed(wire, bool(is_chunked)))
+                plain, in_chunks = group.live
+                if plain:
+                    self._send_to_all(plain, wire)
+                if in_chunks:
+                    self._send_to_all(in_chunks, self._in_chunk(wire))
             if len(wire) < FRAME_BYTES and group.source.end is None:
                 return
+
+    def _in_chunk(self, wire: bytes) -> bytes:
+        # One event that goes to many groups is the same object each time.
+        if wire is not self._wire:
+            self._wire, self._chunk = wire, framed(wire, True)
+        return self._chunk
 
     def _send_to_all(self, live: dict[int, Subscriber], frame: bytes) -> None:
         # The hottest loop of all. benchmarks/fanout.py compares it with the same loop in C.
