@@ -150,6 +150,8 @@ class SocketHub:
     def _take_in(self, subscriber: Subscriber) -> None:
         source = subscriber.group.source
         group = self._groups.setdefault(source, subscriber.group)
+        if not group.size:
+            group.sent = self._now
         group.size += 1
         subscriber.group = group
         subscriber.moved = self._now

@@ -1,0 +1,294 @@
+"""The contract of both roads: a client cannot tell whether its server iterates or the hub sends."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from flask import Flask
+from werkzeug.serving import make_server
+
+from flask_eventstream import EventStream, EventStreamParser
+from flask_eventstream.signals import subscriber_connected, subscriber_disconnected
+
+from .servers import DEADLINE, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from werkzeug.serving import BaseWSGIServer
+
+
+class Site:
+    """An app, a server that serves it in this process, and its clients."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.app = Flask("site")
+        self.app.config.update(config)
+        self.eventstream = EventStream("eventstream", __name__)
+        self.app.register_blueprint(self.eventstream)
+        self.server: BaseWSGIServer = make_server("127.0.0.1", 0, self.app, threaded=True)
+        # What still waits when the test is over, the test ends by itself.
+        self.server.daemon_threads = True  # type: ignore[attr-defined]
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+        self.clients: list[Client] = []
+
+    def publish(self, data: Any, **fields: Any) -> str:
+        with self.app.app_context():
+            return self.eventstream.publish(data, **fields)
+
+    def connect(self, path: str = "/stream", **headers: str) -> Client:
+        self.clients.append(Client(self.server.server_port, path, headers))
+        return self.clients[-1]
+
+    def count(self) -> int:
+        with self.app.app_context():
+            return self.eventstream.subscriber_count()
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        self.app.extensions["eventstream"].broker.close()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+class Client:
+    def __init__(self, port: int, path: str, headers: dict[str, str]) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+        self.connection.request("GET", path, headers=headers)
+        self.response = self.connection.getresponse()
+        self.received = b""
+
+    def read_until(self, end: bytes) -> bytes:
+        while end not in self.received:
+            part = self.response.read1(65536)
+            assert part, f"the stream ended with {self.received[-200:]!r} before {end!r}"
+            self.received += part
+        return self.received
+
+    def read_all(self) -> bytes:
+        # It raises IncompleteRead if the last chunk does not come.
+        self.received += self.response.read()
+        return self.received
+
+    def data(self) -> list[str]:
+        return [event.data for event in EventStreamParser().feed(self.received)]
+
+    def close(self) -> None:
+        self.response.close()
+        self.connection.close()
+
+
+@pytest.fixture(params=[True, False], ids=["hub", "iterator"])
+def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Site]]:
+    sites: list[Site] = []
+
+    def make_site(**config: Any) -> Site:
+        given = {f"EVENTSTREAM_{name.upper()}": value for name, value in config.items()}
+        sites.append(Site({"EVENTSTREAM_HIJACK": request.param, **given}))
+        return sites[-1]
+
+    yield make_site
+    for site in sites:
+        site.close()
+
+
+@pytest.fixture
+def site(make: Callable[..., Site]) -> Site:
+    return make()
+
+
+def test_the_head_and_the_first_bytes_come_at_once(site: Site) -> None:
+    client = site.connect()
+    client.read_until(b"retry: ")
+    assert re.fullmatch(rb":\nretry: \d+\n", client.read_until(b"\n"))
+    assert client.response.status == 200
+    assert client.response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert client.response.headers["Transfer-Encoding"] == "chunked"
+
+
+def test_events_arrive_in_order_and_as_the_same_bytes(site: Site) -> None:
+    client = site.connect("/stream")
+    wire = b""
+    for n in range(200):
+        id = site.publish(f"{n} 世界 🎉\n2", type="tick")
+        wire += f"id: {id}\nevent: tick\ndata: {n} 世界 🎉\ndata: 2\n\n".encode()
+    assert client.read_until(b"data: 199 ").startswith(b":\n")
+    assert client.read_until(wire[-40:]).endswith(wire)
+
+
+def test_a_large_event_arrives_whole(site: Site) -> None:
+    client = site.connect()
+    data = "".join(map(str, range(150_000)))
+    site.publish(data)
+    site.publish("after")
+    client.read_until(b"data: after\n\n")
+    assert client.data() == [data, "after"]
+
+
+def test_a_client_that_returns_gets_exactly_what_it_missed(site: Site) -> None:
+    cursor = site.publish("1")
+    site.publish("2")
+    client = site.connect("/stream", **{"Last-Event-ID": cursor})
+    site.publish("3")
+    client.read_until(b"data: 3\n\n")
+    assert client.data() == ["2", "3"]
+
+
+def test_a_long_replay_arrives_whole_before_what_is_new(make: Callable[..., Site]) -> None:
+    site = make(history=400)
+    cursor = site.publish("first")
+    for n in range(300):
+        site.publish(f"{n:10000}")
+    client = site.connect("/stream", **{"Last-Event-ID": cursor})
+    site.publish("new")
+    client.read_until(b"data: new\n\n")
+    assert [data.strip() for data in client.data()] == [*map(str, range(300)), "new"]
+
+
+def test_an_unknown_cursor_is_a_reset(site: Site) -> None:
+    site.publish("1")
+    client = site.connect("/stream?lastEventId=unknown")
+    client.read_until(b"data: 1\n\n")
+    assert json.loads(client.data()[0])["requested"] == "unknown"
+
+
+def test_a_snapshot_comes_between_history_and_news(site: Site) -> None:
+    @site.app.get("/mine")
+    def mine() -> Any:
+        return site.eventstream.subscribe(history=1, snapshot=lambda: "snapshot")
+
+    site.publish("old")
+    client = site.connect("/mine")
+    site.publish("new")
+    client.read_until(b"data: new\n\n")
+    assert client.data() == ["old", "snapshot", "new"]
+
+
+def test_silence_is_broken_by_comments(make: Callable[..., Site]) -> None:
+    client = make(heartbeat=0.1).connect()
+    assert client.read_until(b":\n:\n:\n")
+    assert client.data() == []
+
+
+def test_a_busy_stream_gets_no_heartbeat(make: Callable[..., Site]) -> None:
+    site = make(heartbeat=0.8)
+    client = site.connect()
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        id = site.publish("x")
+        client.read_until(f"id: {id}\ndata: x\n\n".encode())
+    assert re.findall(rb"(?m)^:.*\n", client.received) == [b":\n"]
+
+
+def test_disconnecting_ends_the_stream_cleanly_after_what_was_published(site: Site) -> None:
+    client, other = site.connect(), site.connect()
+    site.publish("last")
+    with site.app.app_context():
+        assert site.eventstream.disconnect("sse") == 2
+    site.publish("secret")
+    for one in (client, other):
+        assert one.read_all().endswith(b"data: last\n\n")
+    wait_for(lambda: site.count() == 0)
+
+
+def test_who_comes_after_a_disconnect_reads_on(site: Site) -> None:
+    site.connect()
+    with site.app.app_context():
+        site.eventstream.disconnect("sse")
+    client = site.connect()
+    site.publish("new")
+    assert client.read_until(b"data: new\n\n")
+
+
+def test_closing_the_broker_ends_all_streams(site: Site) -> None:
+    client = site.connect()
+    site.publish("last")
+    site.app.extensions["eventstream"].broker.close()
+    assert client.read_all().endswith(b"data: last\n\n")
+
+
+def test_a_stream_ends_after_its_lifetime(make: Callable[..., Site]) -> None:
+    site = make(max_lifetime=0.2, heartbeat=0.5)
+    assert site.connect().read_all().startswith(b":\nretry: ")
+    wait_for(lambda: site.count() == 0)
+
+
+def test_a_subscriber_of_many_channels_gets_each_event_once(site: Site) -> None:
+    @site.app.get("/many")
+    def many() -> Any:
+        return site.eventstream.subscribe("a", "b")
+
+    client, same = site.connect("/many"), site.connect("/many")
+    for n in range(6):
+        site.publish(n, channel=["ab"[n % 2], "b"])
+    for one in (client, same):
+        one.read_until(b"data: 5\n\n")
+        assert one.data() == list("012345")
+
+
+def test_signals_are_sent_once_for_each_connect_and_leave(make: Callable[..., Site]) -> None:
+    site = make(heartbeat=0.2)
+    seen: list[str] = []
+
+    def connected(sender: Any, **more: Any) -> None:
+        seen.append("connected")
+
+    def disconnected(sender: Any, channels: tuple[str, ...]) -> None:
+        seen.append(f"disconnected {channels}")
+
+    with (
+        subscriber_connected.connected_to(connected, site.app),
+        subscriber_disconnected.connected_to(disconnected, site.app),
+    ):
+        client = site.connect()
+        client.read_until(b"retry: ")
+        assert seen == ["connected"]
+        client.close()
+        wait_for(lambda: len(seen) > 1)
+    assert seen == ["connected", "disconnected ('sse',)"]
+
+
+def test_who_wants_to_know_when_the_response_ends_is_told_at_the_streams_end(site: Site) -> None:
+    ended = threading.Event()
+
+    @site.app.after_request
+    def note(response: Any) -> Any:
+        response.call_on_close(ended.set)
+        return response
+
+    client = site.connect()
+    site.publish("x")
+    client.read_until(b"data: x\n\n")
+    assert not ended.is_set()
+    with site.app.app_context():
+        site.eventstream.disconnect("sse")
+    assert ended.wait(DEADLINE)
+
+
+def test_beyond_the_room_there_is_503_until_somebody_leaves(make: Callable[..., Site]) -> None:
+    site = make(max_subscribers=2, heartbeat=0.2)
+    clients = [site.connect(), site.connect()]
+    refused = site.connect()
+    assert (refused.response.status, refused.response.headers["Retry-After"]) == (503, "5")
+    clients[0].close()
+    wait_for(lambda: site.count() == 1)
+    assert site.connect().response.status == 200
+
+
+def test_a_thousand_events_in_a_burst_arrive_whole(site: Site) -> None:
+    clients = [site.connect() for _ in range(5)]
+    for n in range(1000):
+        site.publish(f"{n}:" + "x" * 200)
+    for client in clients:
+        client.read_until(b"data: 999:")
+        client.read_until(b"x\n\n")
+        assert [int(data.partition(":")[0]) for data in client.data()] == list(range(1000))
