@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flask_eventstream import MemoryBroker
+from flask_eventstream.channels import Channels
+from flask_eventstream.history import Entry, History
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from flask_eventstream.channels import ChannelSet
+
+
+def books(seconds: float = 10) -> Channels:
+    return Channels(partial(History, 3, seconds, 0, 1), seconds)
+
+
+def entry(seq: int, now: float = 0) -> Entry:
+    return Entry(seq, now, None, b"%d" % seq)
+
+
+def join(channels: Channels, *names: str) -> ChannelSet:
+    return channels.join(MemoryBroker(), [channels.touch(name, 0) for name in names])
+
+
+def names(sets: Iterable[ChannelSet]) -> set[tuple[str, ...]]:
+    return {channel_set.names for channel_set in sets}
+
+
+def test_who_reads_the_same_channels_shares_a_set() -> None:
+    channels = books()
+    assert join(channels, "a", "b") is join(channels, "a", "b")
+    assert join(channels, "a") is not join(channels, "b")
+    assert channels.subscriptions == 4
+
+
+def test_a_watch_is_told_of_the_sets_that_have_news_and_of_no_others() -> None:
+    channels = books()
+    rung: list[int] = []
+    watch = channels.watch(lambda: rung.append(1))
+    for read in (["a"], ["a", "b"], ["b"], ["c"]):
+        join(channels, *read)
+    assert channels.append(["a"], entry(1))
+    assert not channels.append(["nobody"], entry(2))
+    channels.ring()
+    assert rung == [1]
+    assert names(channels.news(watch)) == {("a",), ("a", "b")}
+    assert channels.news(watch) == set()
+
+
+def test_each_watch_has_news_of_its_own() -> None:
+    channels = books()
+    watches = [channels.watch(print), channels.watch(print)]
+    join(channels, "a")
+    channels.append(["a"], entry(1))
+    assert [names(channels.news(watch)) for watch in watches] == [{("a",)}] * 2
+
+
+def test_the_last_who_leaves_takes_the_set_and_an_empty_channel_with_him() -> None:
+    channels = books()
+    channel_set = join(channels, "a", "b")
+    join(channels, "a", "b")
+    channels.append(["b"], entry(1))
+    channels.leave(channel_set, now=0)
+    assert list(channels) == ["a", "b"]
+    channels.leave(channel_set, now=0)
+    assert (list(channels), channels.subscriptions) == (["b"], 0)
+    assert join(channels, "a", "b") is not channel_set
+
+
+def test_an_ended_set_stays_until_its_last_has_left_and_nobody_joins_it() -> None:
+    channels = books()
+    ended = join(channels, "a")
+    watch = channels.watch(print)
+    assert channels.end([ended], 5) == channels.end([ended], 9) == 1
+    assert ended.end == 5
+    assert names(channels.news(watch)) == {("a",)}
+    assert join(channels, "a") is not ended
+    channels.leave(ended, now=0)
+    assert channels.subscriptions == 1
+
+
+def test_a_set_of_other_books_is_not_on_these() -> None:
+    parent, child = books(), books()
+    inherited = join(parent, "a")
+    join(child, "a")
+    child.leave(inherited, now=0)
+    assert child.subscriptions == 1
+
+
+def test_a_forgotten_channel_is_no_news() -> None:
+    channels = books(seconds=1)
+    watch = channels.watch(print)
+    channel_set = join(channels, "a")
+    channels.append(["a"], entry(1))
+    channels.leave(channel_set, now=5)
+    assert list(channels) == []
+    assert channels.news(watch) == set()
+
+
+WIRES = st.lists(st.tuples(st.sets(st.sampled_from("abc"), min_size=1), st.integers(1, 300)))
+
+
+@given(WIRES, st.integers(1, 500), st.data())
+def test_reading_in_frames_gives_what_reading_at_once_does(
+    published: list[tuple[set[str], int]], max_bytes: int, data: Any
+) -> None:
+    broker = MemoryBroker(history=1000)
+    subscription = broker.subscribe("a", "b")
+    for channels, size in published:
+        broker.publish("x" * size, channel=channels)
+    whole = subscription.channel_set.read(0)
+    until = data.draw(st.integers(0, len(published)))
+    frames, position = b"", 0
+    for stop in (until, None):
+        while found := subscription.channel_set.read(position, stop, max_bytes):
+            wire, position = found
+            frames += wire
+            if len(wire) < max_bytes:
+                break
+        assert stop is None or position == stop
+    assert (frames, position) == whole
+
+
+def test_a_reader_who_lacks_something_is_told_so() -> None:
+    broker = MemoryBroker(history=1, max_event_bytes=100)
+    subscription = broker.subscribe()
+    for _ in range(50):
+        broker.publish("x" * 50)
+    assert subscription.channel_set.read(0) is None
+    assert subscription.channel_set.read(49)
+
+
+def test_an_ended_set_is_read_up_to_its_end() -> None:
+    broker = MemoryBroker()
+    subscription = broker.subscribe()
+    broker.publish("1", id="one")
+    broker.disconnect("sse")
+    broker.publish("2")
+    assert subscription.channel_set.read(0) == (b"id: one\ndata: 1\n\n", 1)
+    assert subscription.channel_set.read(1) is None

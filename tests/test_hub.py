@@ -1,0 +1,474 @@
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flask_eventstream import EventStreamParser, MemoryBroker
+from flask_eventstream.hub import FRAME_BYTES, SocketHub
+from flask_eventstream.subscriber import Subscriber
+
+from .servers import DEADLINE, ROOT, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+BEAT = b":\n"
+
+
+class Owner:
+    """What a subscriber belongs to; as a response, it ends the subscription."""
+
+    def __init__(self, subscription: Any) -> None:
+        self.subscription = subscription
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+        self.subscription.close()
+
+
+class Crowd:
+    """A broker, a hub, and the clients' ends of its connections."""
+
+    def __init__(self, heartbeat: float = 60, max_lag: float = 30, **options: Any) -> None:
+        self.broker = MemoryBroker(**options)
+        self.hub = SocketHub(self.broker.watch, heartbeat, BEAT, max_lag)
+        self.clients: list[socket.socket] = []
+        self.owners: list[Owner] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+
+    def join(
+        self,
+        *channels: str,
+        head: bytes = b"",
+        is_chunked: bool = False,
+        lifetime: float = math.inf,
+        receive_buffer: int = 0,
+    ) -> socket.socket:
+        client = socket.socket()
+        if receive_buffer:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.settimeout(DEADLINE)
+        client.connect(self.listener.getsockname())
+        server, _ = self.listener.accept()
+        subscription = self.broker.subscribe(*channels)
+        self.clients.append(client)
+        self.owners.append(Owner(subscription))
+        self.hub.add(
+            Subscriber(
+                server.detach(),
+                self.owners[-1],
+                subscription.channel_set,
+                subscription.position,
+                head,
+                is_chunked,
+                time.monotonic() + lifetime,
+            )
+        )
+        return client
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        self.broker.close()
+        wait_for(lambda: not self.hub._is_running, what="the hub to end")
+        self.listener.close()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Crowd]]:
+    crowds: list[Crowd] = []
+
+    def make_crowd(**options: Any) -> Crowd:
+        crowds.append(Crowd(**options))
+        return crowds[-1]
+
+    yield make_crowd
+    for crowd in crowds:
+        crowd.close()
+
+
+@pytest.fixture
+def crowd(make: Callable[..., Crowd]) -> Crowd:
+    return make()
+
+
+def read_until(client: socket.socket, end: bytes) -> bytes:
+    received = b""
+    while not received.endswith(end):
+        part = client.recv(1 << 16)
+        assert part, f"the stream ended with {received[-200:]!r}"
+        received += part
+    return received
+
+
+def read_all(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(1 << 16), b""))
+
+
+def data(wire: bytes) -> list[str]:
+    return [event.data for event in EventStreamParser().feed(wire)]
+
+
+def test_the_head_goes_first_and_then_what_is_published(crowd: Crowd) -> None:
+    client = crowd.join(head=b"head\r\n\r\n")
+    id = crowd.broker.publish("x")
+    assert read_until(client, b"x\n\n") == f"head\r\n\r\nid: {id}\ndata: x\n\n".encode()
+
+
+def test_chunks_are_framed_and_ended(crowd: Crowd) -> None:
+    client = crowd.join(is_chunked=True)
+    crowd.broker.publish("x", id="i")
+    crowd.broker.disconnect("sse")
+    assert read_all(client) == b"f\r\nid: i\ndata: x\n\n\r\n0\r\n\r\n"
+
+
+def test_chunked_and_plain_subscribers_of_one_channel_get_the_same(crowd: Crowd) -> None:
+    plain, chunked = crowd.join(), crowd.join(is_chunked=True)
+    crowd.broker.publish("x", id="i")
+    assert read_until(plain, b"x\n\n") == b"id: i\ndata: x\n\n"
+    assert read_until(chunked, b"x\n\n\r\n") == b"f\r\nid: i\ndata: x\n\n\r\n"
+
+
+def test_what_is_published_back_to_back_is_sent_together(crowd: Crowd) -> None:
+    client = crowd.join(is_chunked=True)
+    for n in range(100):
+        crowd.broker.publish(str(n))
+    received = read_until(client, b"data: 99\n\n\r\n")
+    chunks = received.count(b"\r\n") // 2
+    assert chunks < 50
+
+
+def test_a_newcomer_gets_only_what_comes_after_him(crowd: Crowd) -> None:
+    first = crowd.join()
+    crowd.broker.publish("1")
+    second = crowd.join()
+    crowd.broker.publish("2")
+    assert data(read_until(first, b"2\n\n")) == ["1", "2"]
+    assert data(read_until(second, b"2\n\n")) == ["2"]
+
+
+def test_newcomers_join_without_a_hole_while_others_publish(crowd: Crowd) -> None:
+    is_over = threading.Event()
+
+    def publish() -> None:
+        number = 0
+        while not is_over.is_set():
+            crowd.broker.publish(str(number))
+            number += 1
+            time.sleep(0)
+
+    publisher = threading.Thread(target=publish)
+    publisher.start()
+    clients = [crowd.join() for _ in range(100)]
+    is_over.set()
+    publisher.join()
+    crowd.broker.publish("last")
+    for client in clients:
+        numbers = data(read_until(client, b"data: last\n\n"))[:-1]
+        first = int(numbers[0]) if numbers else 0
+        assert numbers == [str(first + n) for n in range(len(numbers))]
+
+
+def test_subscribers_of_other_channels_get_nothing_of_it(crowd: Crowd) -> None:
+    a, b, both = crowd.join("a"), crowd.join("b"), crowd.join("a", "b")
+    crowd.broker.publish("1", channel="a")
+    crowd.broker.publish("2", channel="b")
+    assert data(read_until(a, b"1\n\n")) == ["1"]
+    assert data(read_until(b, b"2\n\n")) == ["2"]
+    assert data(read_until(both, b"2\n\n")) == ["1", "2"]
+
+
+def test_one_that_reads_nothing_holds_up_nobody_and_catches_up_later(crowd: Crowd) -> None:
+    slow, good = crowd.join(receive_buffer=4096), crowd.join()
+    for n in range(300):
+        crowd.broker.publish(f"{n:10000}")
+        read_until(good, f"{n}\n\n".encode())
+    wait_for(lambda: crowd.hub._lagging)
+    # It has a part of one frame, and the rest is where it is for all.
+    assert all(len(one.pending) <= FRAME_BYTES + 10100 for one in crowd.hub._lagging.values())
+    crowd.broker.publish("last")
+    assert [one.strip() for one in data(read_until(slow, b"last\n\n"))] == [
+        *map(str, range(300)),
+        "last",
+    ]
+    wait_for(lambda: not crowd.hub._lagging)
+
+
+def test_one_that_falls_out_of_history_is_cut_off(make: Callable[..., Crowd]) -> None:
+    crowd = make(history=3, max_event_bytes=100_000)
+    slow, good = crowd.join(receive_buffer=4096), crowd.join()
+    for n in range(200):
+        crowd.broker.publish(f"{n:50000}")
+        read_until(good, f"{n}\n\n".encode())
+    with pytest.raises(ConnectionResetError):
+        read_all(slow)
+    wait_for(lambda: crowd.owners[0].closed)
+    assert crowd.broker.subscriber_count() == 1
+
+
+def test_one_that_takes_nothing_for_too_long_is_cut_off(make: Callable[..., Crowd]) -> None:
+    crowd = make(max_lag=0.2, heartbeat=1)
+    crowd.join(receive_buffer=4096)
+    crowd.broker.publish("x" * 1_000_000)
+    wait_for(lambda: crowd.owners[0].closed)
+
+
+def test_one_that_takes_a_little_all_the_time_is_not_cut_off(make: Callable[..., Crowd]) -> None:
+    crowd = make(max_lag=0.3, heartbeat=1)
+    client = crowd.join(receive_buffer=4096)
+    crowd.broker.publish("x" * 700_000)
+    crowd.broker.publish("last")
+    end = time.monotonic() + 0.8
+    received = b""
+    while time.monotonic() < end:
+        received += client.recv(2000)
+        threading.Event().wait(0.005)
+    received += read_until(client, b"last\n\n")
+    assert data(received) == ["x" * 700_000, "last"]
+
+
+def test_silence_is_broken_for_each_within_the_interval(make: Callable[..., Crowd]) -> None:
+    crowd = make(heartbeat=0.4)
+    start = time.monotonic()
+    arrivals = {crowd.join(is_chunked=n % 2 == 0): [start] for n in range(40)}
+    while time.monotonic() < start + 2:
+        readable, _, _ = select.select(arrivals, [], [], 1)
+        for client in readable:
+            assert client.recv(100) in (BEAT, b"2\r\n:\n\r\n")
+            arrivals[client].append(time.monotonic())
+    for times in arrivals.values():
+        # It is 0.3 s after silence; the rest is for a machine that does other things.
+        assert max(later - earlier for earlier, later in pairwise(times)) < 0.7
+        assert len(times) > 2
+
+
+def test_heartbeats_do_not_come_all_at_once(make: Callable[..., Crowd]) -> None:
+    crowd = make(heartbeat=1)
+    for _ in range(40):
+        crowd.join()
+    beats: list[float] = []
+    beat = crowd.hub._beat
+
+    def note(subscriber: Subscriber) -> None:
+        beats.append(time.monotonic())
+        beat(subscriber)
+
+    crowd.hub._beat = note  # type: ignore[method-assign]
+    wait_for(lambda: len(beats) >= 40)
+    assert beats[39] - beats[0] > 0.4
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_a_client_that_closes_is_gone_at_once(crowd: Crowd, is_chunked: bool) -> None:
+    client, other = crowd.join(is_chunked=is_chunked), crowd.join()
+    start = time.monotonic()
+    client.close()
+    wait_for(lambda: crowd.owners[0].closed)
+    assert time.monotonic() - start < 1
+    assert crowd.broker.subscriber_count() == 1
+    crowd.broker.publish("x")
+    assert read_until(other, b"x\n\n")
+
+
+def test_a_client_that_resets_the_connection_is_gone_at_once(crowd: Crowd) -> None:
+    client = crowd.join()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    start = time.monotonic()
+    client.close()
+    wait_for(lambda: crowd.owners[0].closed)
+    assert time.monotonic() - start < 1
+
+
+def test_a_lagging_client_that_closes_is_gone_too(crowd: Crowd) -> None:
+    client = crowd.join(receive_buffer=4096)
+    crowd.broker.publish("x" * 1_000_000)
+    wait_for(lambda: crowd.hub._lagging)
+    client.close()
+    wait_for(lambda: crowd.owners[0].closed)
+
+
+def test_a_client_that_closes_its_half_reads_on(crowd: Crowd) -> None:
+    client = crowd.join()
+    client.shutdown(socket.SHUT_WR)
+    # It was asked whether it is still there.
+    assert read_until(client, BEAT) == BEAT
+    crowd.broker.publish("x")
+    assert read_until(client, b"x\n\n")
+    client.close()
+    # Its machine has nothing more to say, until something arrives there.
+    crowd.broker.publish("x")
+    wait_for(lambda: crowd.owners[0].closed)
+
+
+def test_a_stream_ends_at_its_deadline(make: Callable[..., Crowd]) -> None:
+    crowd = make(heartbeat=1)
+    client, other = crowd.join(lifetime=0.2, is_chunked=True), crowd.join()
+    crowd.broker.publish("x")
+    assert read_all(client).endswith(b"x\n\n\r\n0\r\n\r\n")
+    wait_for(lambda: crowd.owners[0].closed)
+    assert read_until(other, b"x\n\n")
+
+
+def test_a_lagging_stream_ends_at_its_deadline_without_a_last_chunk(
+    make: Callable[..., Crowd],
+) -> None:
+    crowd = make(heartbeat=1)
+    client = crowd.join(lifetime=0.2, is_chunked=True, receive_buffer=4096)
+    crowd.broker.publish("x" * 1_000_000)
+    wait_for(lambda: crowd.owners[0].closed)
+    assert not read_all(client).endswith(b"0\r\n\r\n")
+
+
+def test_a_lagging_subscriber_gets_everything_before_its_channel_ends(crowd: Crowd) -> None:
+    client = crowd.join(is_chunked=True, receive_buffer=4096)
+    crowd.broker.publish("x" * 1_000_000)
+    wait_for(lambda: crowd.hub._lagging)
+    for _ in range(10):
+        crowd.broker.publish("y" * 10_000)
+    crowd.broker.disconnect("sse")
+    crowd.broker.publish("secret")
+    received = read_all(client)
+    assert received.endswith(b"\r\n0\r\n\r\n")
+    assert received.count(b"y") == 100_000
+    assert b"secret" not in received
+
+
+def test_stopping_ends_all_streams_cleanly_and_the_next_starts_it_again(crowd: Crowd) -> None:
+    clients = [crowd.join(is_chunked=True) for _ in range(10)]
+    wait_for(lambda: len(crowd.hub._subscribers) == 10)
+    crowd.hub.stop()
+    assert [read_all(client) for client in clients] == [b"0\r\n\r\n"] * 10
+    wait_for(lambda: crowd.broker.subscriber_count() == 0)
+    client = crowd.join()
+    crowd.broker.publish("x")
+    assert read_until(client, b"x\n\n")
+
+
+def test_stopping_what_does_not_run_is_nothing() -> None:
+    SocketHub(MemoryBroker().watch, 1, BEAT, 1).stop()
+
+
+def test_it_runs_only_while_it_has_subscribers(crowd: Crowd) -> None:
+    before = threading.active_count()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        client = crowd.join()
+        wait_for(lambda: threading.active_count() > before)
+        client.close()
+        wait_for(lambda: threading.active_count() == before)
+    assert len(os.listdir("/proc/self/fd")) == descriptors + 2
+
+
+def test_a_hub_that_is_dropped_leaves_nothing(make: Callable[..., Crowd]) -> None:
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    crowd = Crowd()
+    crowd.join()
+    crowd.close()
+    del crowd
+    wait_for(lambda: gc.collect() >= 0 and len(os.listdir("/proc/self/fd")) == before)
+
+
+def test_an_owner_that_fails_to_close_is_logged_and_harms_nobody(
+    crowd: Crowd, caplog: pytest.LogCaptureFixture
+) -> None:
+    clients = [crowd.join(), crowd.join()]
+    crowd.owners[0].subscription = None
+    for client in clients:
+        client.close()
+    wait_for(lambda: crowd.owners[1].closed)
+    wait_for(lambda: "Closing what a stream belongs to failed" in caplog.text)
+
+
+def test_a_source_that_fails_ends_the_streams_and_is_logged(
+    crowd: Crowd, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = crowd.join(is_chunked=True)
+    wait_for(lambda: crowd.hub._subscribers)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("broken")
+
+    with caplog.at_level(logging.ERROR), monkeypatch.context() as patch:
+        patch.setattr(MemoryBroker, "read", fail)
+        crowd.broker.publish("x")
+        assert read_all(client) == b"0\r\n\r\n"
+    assert "The socket hub failed" in caplog.text
+    client = crowd.join()
+    crowd.broker.publish("y")
+    assert read_until(client, b"y\n\n")
+
+
+def test_a_forked_child_has_nothing_of_it_and_starts_anew(crowd: Crowd) -> None:
+    client = crowd.join()
+    wait_for(lambda: crowd.hub._subscribers)
+    [descriptor] = crowd.hub._subscribers
+    child = os.fork()
+    if child == 0:
+        open_still = os.path.exists(f"/proc/self/fd/{descriptor}")
+        os._exit(open_still or bool(crowd.hub._subscribers) or crowd.hub._is_running)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    crowd.broker.publish("x")
+    assert read_until(client, b"x\n\n")
+
+
+UNDER_GEVENT = """
+{patch}
+import gevent, socket, sys
+import gevent.socket
+sys.path.insert(0, "tests")
+from tests.test_hub import Crowd, data
+def main():
+    crowd = Crowd(heartbeat=0.4)
+    pairs = []
+    for n in range(250):
+        pairs.append(crowd.join(is_chunked=n % 2 == 0))
+    gevent.sleep(0)
+    turns = []
+    ticker = gevent.spawn(lambda: [turns.append(gevent.sleep(0)) for _ in range(100000)])
+    publish = lambda: [crowd.broker.publish(str(n)) for n in range(10)]
+    {publish}
+    received = [b""] * len(pairs)
+    for n, client in enumerate(pairs):
+        while b"data: 9\\n\\n" not in received[n]:
+            gevent.sleep(0)
+            gevent.socket.wait_read(client.fileno(), timeout=20)
+            received[n] += client.recv(65536)
+    assert turns
+    ticker.kill()
+    for client in pairs[:100]:
+        client.close()
+    with gevent.Timeout(20):
+        while crowd.broker.subscriber_count() != 150:
+            gevent.sleep(0.01)
+    gevent.socket.wait_read(pairs[-1].fileno(), timeout=20)
+    assert pairs[-1].recv(100) == b":\\n"
+    crowd.hub.stop()
+    with gevent.Timeout(20):
+        while crowd.broker.subscriber_count() or crowd.hub._is_running:
+            gevent.sleep(0.01)
+gevent.spawn(main).get()
+"""
+
+
+@pytest.mark.parametrize("patch", ["", "from gevent import monkey; monkey.patch_all()"])
+@pytest.mark.parametrize("publish", ["publish()", "gevent.get_hub().threadpool.spawn(publish)"])
+def test_under_gevent_it_is_a_greenlet_that_lets_others_run(patch: str, publish: str) -> None:
+    command = [sys.executable, "-c", UNDER_GEVENT.format(patch=patch, publish=publish)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
