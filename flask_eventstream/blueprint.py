@@ -227,13 +227,15 @@ class EventStream(Blueprint):
 def _new_state(app: App) -> State:
     config = Config.read(app.config)
     broker = _new_broker(config)
-    hub = SocketHub(broker.watch, config.heartbeat, HEARTBEAT, config.max_lag)
+    hub = None
+    if config.hijack:
+        hub = SocketHub(broker.watch, config.heartbeat, HEARTBEAT, config.max_lag)
     room = config.max_subscribers or access.default_max_subscribers()
 
     def on_close(body: SubscriptionBody) -> None:
         subscriber_disconnected.send(app, channels=body.subscription.channels)
 
-    return State(config, broker, room, hub if config.hijack else None, on_close)
+    return State(config, broker, room, hub, on_close)
 
 
 def _new_broker(config: Config) -> Broker:

@@ -37,7 +37,7 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _ONE = struct.pack("i", 1)
 _RING = struct.pack("Q", 1)
 
-if IS_AVAILABLE:
+if IS_AVAILABLE:  # pragma: no branch  # elsewhere nobody asks for them
     FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
     _libc = ctypes.PyDLL(None)
     # Without argtypes, which cost half a microsecond for each call.

@@ -162,7 +162,7 @@ class SocketHub:
         self._catch_up(subscriber)
 
     def _send_news(self, group: Group) -> None:
-        while not group.is_over:
+        while True:
             found = group.source.read(group.position, None, FRAME_BYTES)
             if found is None:
                 self._end(group)
@@ -293,13 +293,9 @@ class SocketHub:
         self._is_stopping = False
 
     def _finish(self, subscriber: Subscriber) -> None:
-        descriptor = subscriber.descriptor
-        if self._subscribers.get(descriptor) is not subscriber:
-            # It went a moment ago, and its descriptor may be somebody else's already.
-            return
         if subscriber.is_chunked and not subscriber.pending:
-            descriptors.send_from(descriptor, _LAST_CHUNK, 0)
-        descriptors.shut_down(descriptor)
+            descriptors.send_from(subscriber.descriptor, _LAST_CHUNK, 0)
+        descriptors.shut_down(subscriber.descriptor)
         self._forget(subscriber)
 
     def _cut(self, subscriber: Subscriber) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flask_eventstream import EventStreamParser, MemoryBroker
+from flask_eventstream.descriptors import IS_GONE
 from flask_eventstream.hub import FRAME_BYTES, SocketHub
 from flask_eventstream.subscriber import Subscriber
 
@@ -362,6 +363,7 @@ def test_stopping_what_does_not_run_is_nothing() -> None:
 
 
 def test_it_runs_only_while_it_has_subscribers(crowd: Crowd) -> None:
+    gc.collect()
     before = threading.active_count()
     descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -472,3 +474,112 @@ def test_under_gevent_it_is_a_greenlet_that_lets_others_run(patch: str, publish:
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+class Script:
+    """A source that returns what it is told to, and says what it was asked for."""
+
+    end: int | None = None
+
+    def __init__(self, *answers: tuple[bytes, int] | None) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[int, int | None]] = []
+
+    def read(
+        self, after: int, until: int | None = None, max_bytes: int | None = None
+    ) -> tuple[bytes, int] | None:
+        self.asked.append((after, until))
+        return self.answers.pop(0)
+
+
+class Still:
+    """A hub whose loop does not run, so that a test can take its steps one by one."""
+
+    def __init__(self, source: Script) -> None:
+        self.source = source
+        self.closed = 0
+        self.hub = SocketHub(lambda ring: lambda: [source], 60, BEAT, 30)
+        self.hub._watcher.open()
+        self.clients: list[socket.socket] = []
+
+    def take_in(self, position: int) -> Subscriber:
+        client, server = socket.socketpair()
+        self.clients.append(client)
+        taken = Subscriber(server.detach(), self, self.source, position, b"", True, math.inf)
+        self.hub._take_in(taken)
+        return taken
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def end(self) -> None:
+        self.hub._finish_all()
+        for client in self.clients:
+            client.close()
+
+
+@pytest.fixture
+def still() -> Iterator[Still]:
+    still = Still(Script())
+    yield still
+    still.end()
+
+
+def test_a_gap_without_events_is_no_chunk(still: Still) -> None:
+    # It would be an empty one, which ends the body.
+    group = still.take_in(9).group
+    still.source.answers = [(b"", 9)]
+    late = still.take_in(7)
+    assert still.source.asked == [(7, 9)]
+    assert late.group is group
+    assert set(group.live[True].values()) == set(still.hub._subscribers.values())
+
+
+def test_a_group_that_is_behind_its_newcomer_catches_up_first(still: Still) -> None:
+    still.take_in(3)
+    still.source.answers = [(b"x", 8)]
+    assert still.take_in(8).group.position == 8
+    assert still.source.asked == [(3, None)]
+    assert still.clients[0].recv(100) == b"1\r\nx\r\n"
+
+
+def test_one_that_is_found_gone_while_sending_is_forgotten(still: Still) -> None:
+    gone, other = still.take_in(0), still.take_in(0)
+    still.clients[0].close()
+    still.source.answers = [(b"x", 1)]
+    still.hub._send_news(gone.group)
+    assert list(still.hub._subscribers.values()) == [other]
+    assert gone.group.size == 1
+
+
+def test_the_last_of_a_group_takes_it_with_him(still: Still) -> None:
+    still.take_in(0)
+    still.clients[0].close()
+    still.source.answers = [(b"x", 1)]
+    still.hub._send_news(still.hub._groups[still.source])
+    assert still.hub._groups == {}
+
+
+def test_one_that_lags_gets_no_heartbeat(still: Still) -> None:
+    lagging = still.take_in(0)
+    still.source.answers = [(b"x" * 10_000_000, 1), (b"", 1)]
+    still.hub._send_news(lagging.group)
+    still.hub._now = 20
+    for _ in range(still.hub._slots):
+        still.hub._tick()
+    assert BEAT not in lagging.pending
+    assert lagging.descriptor in still.hub._lagging
+
+
+def test_an_event_of_one_that_went_in_this_turn_is_ignored(still: Still) -> None:
+    descriptor = still.take_in(0).descriptor
+    still.end()
+    still.hub._on_event(descriptor, IS_GONE)
+    assert still.closed == 0
+    still.hub._say_farewell()
+    assert still.closed == 1
+
+
+def test_an_event_goes_to_many_groups_in_the_same_frame(still: Still) -> None:
+    wire = b"data: x\n\n"
+    assert still.hub._in_chunk(wire) is still.hub._in_chunk(wire)
