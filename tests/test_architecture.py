@@ -13,7 +13,7 @@ PACKAGE = Path(flask_eventstream.__file__).parent
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py"))
 TREES = {room: ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8")) for room in ROOMS}
 WITH_FLASK = {"signals", "response", "run", "access", "blueprint", "cli", "testing"}
-WITH_SOCKETS = {"hub", "hijack"}
+WITH_SOCKETS = {"descriptors", "hijack"}
 SOCKETS = {"socket", "select", "selectors", "ssl", "asyncio"}
 
 

@@ -15,6 +15,7 @@ from .servers import Server, serving, wait_for
 
 CLIENTS = 1000
 APP = "tests.apps:create_app({'EVENTSTREAM_HEARTBEAT': 1, 'EVENTSTREAM_MAX_SUBSCRIBERS': 2000})"
+ITERATOR_APP = APP.replace("})", ", 'EVENTSTREAM_HIJACK': False})")
 WORKERS = [
     pytest.param("gevent", ["--worker-connections", "1200"], id="gevent"),
     pytest.param("gthread", ["--threads", "1020", "--worker-connections", "1200"], id="gthread"),
@@ -50,6 +51,14 @@ def is_as_before(server: Server, before: dict[str, Any]) -> bool:
     return is_closed and now == {key: before[key] for key in now}
 
 
+def after_the_first_has_left(server: Server) -> dict[str, Any]:
+    """Return the state once the hub has opened what it keeps: two descriptors."""
+    [first] = open_many(server, ["/stream"], 1)
+    leave(first, rudely=False)
+    wait_for(lambda: state(server)["subscribers"] == state(server)["threads"] == 0)
+    return state(server)
+
+
 def open_many(server: Server, paths: list[str], number: int) -> list[socket.socket]:
     clients = [connect(server, paths[n % len(paths)]) for n in range(number)]
     assert all(has_begun(client) for client in clients)
@@ -62,10 +71,11 @@ def _enough_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
 
 
+@pytest.mark.parametrize("app", [APP, ITERATOR_APP], ids=["hub", "iterator"])
 @pytest.mark.parametrize(("worker", "options"), WORKERS)
-def test_nothing_is_left_of_a_thousand_clients(worker: str, options: list[str]) -> None:
-    with serving(APP, worker, *options) as server:
-        before = state(server)
+def test_nothing_is_left_of_a_thousand_clients(worker: str, options: list[str], app: str) -> None:
+    with serving(app, worker, *options) as server:
+        before = after_the_first_has_left(server)
         clients = open_many(server, ["/stream"], CLIENTS)
         assert state(server)["subscribers"] == CLIENTS
         for n, client in enumerate(clients):
@@ -87,7 +97,8 @@ def test_nothing_is_left_of_generators_and_their_threads(worker: str, options: l
 def test_a_client_that_left_is_noticed_within_a_heartbeat(path: str) -> None:
     # At the first write after a client has left, its machine only learns of it.
     heartbeat = 3
-    app = f"tests.apps:create_app({{'EVENTSTREAM_HEARTBEAT': {heartbeat}}})"
+    config = {"EVENTSTREAM_HEARTBEAT": heartbeat, "EVENTSTREAM_HIJACK": False}
+    app = f"tests.apps:create_app({config})"
     with serving(app, "gthread", "--threads", "4") as server:
         before = state(server)["threads"]
         client = connect(server, path)
