@@ -73,7 +73,7 @@ class Crowd:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
-        self._sizes: list[int] = []
+        self._sizes = [0] * processes
         window = max(1, CONNECTING_AT_ONCE // processes)
         for _ in range(processes):
             ours, theirs = context.Pipe()
@@ -86,14 +86,14 @@ class Crowd:
     def connect(
         self, port: int, targets: Sequence[str], seconds: float, awaits_heads: bool = True
     ) -> None:
-        """Connect one subscriber for each target.
+        """Connect one more subscriber for each target.
 
         :param awaits_heads: whether to wait until all have got the head of their answer, which
             some servers send with the first event only.
         :raises CrowdError: if one is refused, or not all are connected within so many seconds.
         """
         shares = [targets[start :: len(self._pipes)] for start in range(len(self._pipes))]
-        self._sizes = [len(share) for share in shares]
+        self._sizes = [size + len(share) for size, share in zip(self._sizes, shares, strict=True)]
         for pipe, share in zip(self._pipes, shares, strict=True):
             pipe.send(("connect", port, share, seconds, awaits_heads))
         for answer in self._answers("connected", seconds + PATIENCE):
@@ -127,6 +127,7 @@ class Crowd:
 
     def disconnect(self) -> None:
         """Close all connections."""
+        self._sizes = [0] * len(self._pipes)
         for pipe in self._pipes:
             pipe.send(("disconnect",))
         self._answers("disconnected", PATIENCE)

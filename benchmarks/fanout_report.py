@@ -97,7 +97,7 @@ def _pace(name: str) -> list[Column]:
 IDLE = [
     Column("KB", "memory.kb"),
     Column("CPU us to connect", "connect.cpu_us", "{:,.0f}"),
-    Column("all connected s", "connect.seconds", "{:,.2f}"),
+    Column("connected/s", "connect.per_second", "{:,.0f}"),
 ]
 BURST = [
     Column("thousand/s", "burst.thousand_per_second", "{:,.0f}", has_ratio=True),
@@ -121,6 +121,7 @@ CALLER = [
     Column("p99", "publish.p99_wall_us"),
     Column("CPU us", "publish.p50_cpu_us"),
     Column("p99", "publish.p99_cpu_us"),
+    Column("in a burst: wall us", "publish.in_a_burst_us"),
 ]
 TABLES = {
     "a steady pace: CPU time for a delivery, latency": _pace("steady"),
@@ -220,6 +221,8 @@ def _judge_server(results: Results, name: str, size: int) -> list[Bar]:
         Bar(f"{label}: memory of an idle subscriber", 2.5, "KB", False, figure("memory.kb")),
         Bar(f"{label}: publish() for its caller, median", 30.0, "us", False,
             figure("publish.p50_wall_us")),
+        Bar(f"{label}: publish() for its caller, in a burst", 30.0, "us", False,
+            figure("publish.in_a_burst_us")),
         Bar(f"{label}: CPU of a delivery, own channels", 2.0, "x a single set", False,
             ratio("steady.cpu_us", name, "own")),
         Bar(f"{label}: CPU of a delivery, own channels, calm", 2.0, "x a single set", False,

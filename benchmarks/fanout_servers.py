@@ -99,6 +99,7 @@ def servers() -> dict[str, Server]:
         Server("Starlette", partial(_uvicorn, "starlette_app", ["starlette"])),
         Server("sse-starlette", partial(_uvicorn, "sse_starlette_app", ["sse_starlette"])),
         Server("FastAPI", partial(_uvicorn, "fastapi_app", ["fastapi"])),
+        Server("Flask with queues", _flask_with_queues),
         Server("Flask-SSE", _flask_sse, most=1_000, answers_at_once=False),
     ]
     return {server.name: server for server in found}
@@ -187,6 +188,10 @@ def _uvicorn(module: str, modules: Iterable[str], stage: Stage) -> list[Command]
         "--backlog", "4096", "--no-access-log", "--log-level", "warning",
         "--timeout-graceful-shutdown", "1",
     ]]  # fmt: skip
+
+
+def _flask_with_queues(stage: Stage) -> list[Command]:
+    return [_gunicorn(stage, "gevent", "queues_app:create_app()")]
 
 
 def _flask_sse(stage: Stage) -> list[Command]:
