@@ -1,6 +1,6 @@
 """Threads or greenlets: whichever the caller runs on.
 
-gevent is never imported here, only used where it runs already. With monkey patching the standard
+gevent is never imported here but where it runs already. With monkey patching the standard
 library's names are gevent's own; without it (gevent.pywsgi as Flask's documentation starts it) a
 thread that runs a gevent hub must not be blocked by a wait of the standard library.
 """
@@ -95,7 +95,7 @@ class Waker:
 def new_event() -> Event:
     """Return an event whose ``wait`` lets others run, and that any thread may set."""
     if runs_in_greenlet():
-        event: Event = sys.modules["gevent.event"].Event()
+        event: Event = importlib.import_module("gevent.event").Event()
         return event
     return threading.Event()
 
@@ -133,7 +133,7 @@ def wait_readable(descriptor: int, timeout: float) -> None:
     """
     late = TimeoutError()
     try:
-        sys.modules["gevent.socket"].wait_read(descriptor, timeout, late)
+        importlib.import_module("gevent.socket").wait_read(descriptor, timeout, late)
     except TimeoutError as error:
         if error is not late:
             raise

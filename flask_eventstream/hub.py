@@ -118,10 +118,13 @@ class SocketHub:
         while not self._is_over():
             try:
                 self._turn()
-            except Exception:  # noqa: PERF203  # not for each subscriber, only for each turn
+            except Exception:
                 # Its subscribers must not stay connected to a hub that sends nothing.
                 _logger.exception("The socket hub failed; its streams end, and clients reconnect")
                 self._finish_all()
+            if self._gone:
+                self._farewell.start()
+                self._farewell.ring()
 
     def _is_over(self) -> bool:
         with self._mutex:
@@ -143,9 +146,6 @@ class SocketHub:
             self._tick()
         if self._is_stopping:
             self._finish_all()
-        if self._gone:
-            self._farewell.start()
-            self._farewell.ring()
 
     def _take_in(self, subscriber: Subscriber) -> None:
         source = subscriber.group.source

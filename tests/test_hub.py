@@ -408,6 +408,7 @@ def test_a_source_that_fails_ends_the_streams_and_is_logged(
         patch.setattr(MemoryBroker, "read", fail)
         crowd.broker.publish("x")
         assert read_all(client) == b"0\r\n\r\n"
+        wait_for(lambda: crowd.owners[0].closed)
     assert "The socket hub failed" in caplog.text
     client = crowd.join()
     crowd.broker.publish("y")
