@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fanout_clients import Crowd, CrowdError
 from fanout_report import Results, Run, judge, print_bars, print_tables, write_json, write_svg
 from fanout_servers import LIMIT, AbsentError, Server, program_versions, servers
-from fanout_session import Load, WrongError, measure
+from fanout_session import WORKS, Load, WrongError, measure
 from measuring import print_machine
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Turn(NamedTuple):
 
 
 def main() -> None:
+    """Measure, and tell."""
     options = read_options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated."))
     machine = print_machine(DISTRIBUTIONS)
@@ -107,7 +108,8 @@ def read_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--subscribers", type=_numbers, default=[1_000, 10_000], metavar="N[,N...]")
     add("--server", type=_names, metavar="NAME[,NAME...]", help="or all; a wrong name lists them")
-    add("--sets", choices=["single", "own"], help="which channels subscribers read")
+    add("--sets", choices=["single", "own"], help="channels that subscribers of ours read")
+    add("--work", type=_works, default=WORKS, metavar="NAME[,NAME...]", help=", ".join(WORKS))
     add("--seconds", type=float, default=3.0, help="of the steady pace, 3 by default")
     add("--events", type=int, help="of the steady pace, instead of --seconds")
     add("--interval", type=float, default=0.05, help="seconds between two events, 0.05 by default")
@@ -133,6 +135,13 @@ def _names(text: str) -> list[str]:
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]} is none of: {', '.join(known)}")
     return names
+
+
+def _works(text: str) -> list[str]:
+    unknown = [name for name in text.split(",") if name not in WORKS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of: {', '.join(WORKS)}")
+    return text.split(",")
 
 
 def _client_processes() -> int:
@@ -181,7 +190,7 @@ def _take_turn(
     turn: Turn, number: int, options: argparse.Namespace, crowd: Crowd, absent: dict[str, str]
 ) -> Iterator[Run]:
     events = options.events or max(1, round(options.seconds / options.interval))
-    load = Load(options.size, options.interval, events)
+    load = Load(options.size, options.interval, events, options.work)
     start = time.monotonic()
     try:
         figures = measure(turn.server, turn.subscribers, turn.sets, load, crowd)

@@ -50,6 +50,9 @@ BUSY_EVENTS = 100
 BUSY_MOST = 1_000
 
 
+WORKS = ("steady", "burst", "publish", "busy")
+
+
 class Load(NamedTuple):
     """How much is published.
 
@@ -57,11 +60,13 @@ class Load(NamedTuple):
     :param interval: seconds between two events, which may be more than a server keeps up with.
     :param events: how many are published steadily.
     :param bursts: how many bursts there are.
+    :param works: which of the works are done: some of :data:`WORKS`.
     """
 
     size: int
     interval: float
     events: int
+    works: Sequence[str]
     bursts: int = 3
 
 
@@ -105,12 +110,12 @@ class Publisher:
         self.ask(path, body)
         return self.answer()
 
-    def ask(self, path: str, body: str = "", times: int = 1) -> None:
+    def ask(self, path: str, body: str = "") -> None:
         """Post, and leave the answer for later."""
         if self._connection is None:
             self._connection = socket.create_connection(("127.0.0.1", self._port), TIMEOUT)
             self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection.sendall(request(path, body) * times)
+        self._connection.sendall(request(path, body))
 
     def answer(self) -> bytes:
         """Return the body of the answer that comes next."""
@@ -238,18 +243,22 @@ class _Session:
 
     def measure(self) -> Figures:
         figures = self._lonely()
-        if self._server.is_ours:
+        if self._does("publish", self._server.is_ours):
             figures |= self._timed_publish("publish_alone")
         figures |= self._connect()
         self._warm_up()
-        figures |= self._paces()
-        if self._subscribers <= BURST_MOST:
+        if self._does("steady"):
+            figures |= self._paces()
+        if self._does("burst", self._subscribers <= BURST_MOST):
             figures |= self._bursts()
-        if self._server.is_ours:
+        if self._does("publish", self._server.is_ours):
             figures |= self._timed_publish("publish")
-        if self._server.has_threads and self._subscribers <= BUSY_MOST:
+        if self._does("busy", self._server.has_threads and self._subscribers <= BUSY_MOST):
             figures |= self._busy()
         return figures
+
+    def _does(self, work: str, can: bool = True) -> bool:
+        return can and work in self._load.works
 
     def _lonely(self) -> Figures:
         """What it costs to publish when nobody listens: the request, mostly."""
