@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,8 +82,12 @@ def _found_in(environ: Mapping[str, Any], body: Any) -> ServerSocket | None:
         return ServerSocket(environ["gunicorn.socket"], body.reader.unreader.buf.getvalue)
     if "werkzeug.socket" in environ:
         # How much was read of a body is not known. What comes behind it, it never answers.
-        has_body = environ.get("CONTENT_LENGTH") or environ.get("HTTP_TRANSFER_ENCODING")
-        return None if has_body else ServerSocket(environ["werkzeug.socket"], bytes)
+        length = environ.get("CONTENT_LENGTH") or "0"
+        has_body = length != "0" or "HTTP_TRANSFER_ENCODING" in environ
+        # With processes, the one that serves this request ends with it.
+        if has_body or environ.get("wsgi.multiprocess"):
+            return None
+        return ServerSocket(environ["werkzeug.socket"], bytes)
     if body.__class__.__module__ != "gevent.pywsgi":
         return None
     if body.chunked_input or body.position < (body.content_length or 0):
@@ -164,19 +168,22 @@ class _Pair(NamedTuple):
 
     @classmethod
     def put_in_place_of(cls, server: ServerSocket) -> _Pair | None:
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError:
-            # No descriptors are left. The response goes on without.
-            return None
-        with theirs:
-            pair = cls(server.socket, server.socket.dup(), ours)
-            # It reads the end of its connection from the start, and never waits.
+        with ExitStack() as unless_done:
+            try:
+                client = unless_done.enter_context(server.socket.dup())
+                ours, theirs = map(unless_done.enter_context, socket.socketpair())
+            except OSError:
+                # No descriptors are left. The response goes on without.
+                return None
+            # The server reads the end of its connection from the start, and never waits.
             ours.shutdown(socket.SHUT_WR)
             ours.setblocking(False)
             descriptor = server.socket.fileno()
             os.set_blocking(theirs.fileno(), os.get_blocking(descriptor))
             os.dup2(theirs.fileno(), descriptor, inheritable=False)
+            theirs.close()
+            unless_done.pop_all()
+        pair = cls(server.socket, client, ours)
         if not server.read_ahead():
             return pair
         # A request that came with this one would be run, and its answer lost.

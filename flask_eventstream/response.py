@@ -27,7 +27,6 @@ from flask import (
     stream_with_context,
 )
 from flask.json.provider import DefaultJSONProvider
-from werkzeug.wsgi import ClosingIterator
 
 from . import hijack
 from .body import Silence, SubscriptionBody
@@ -82,6 +81,7 @@ class EventStreamResponse(Response):
     default_mimetype = "text/event-stream"
     # What asks for the whole body of an endless stream gets an error and not a hung worker.
     implicit_sequence_conversion = False
+    _hub: SocketHub | None = None
     _has_closers = False
 
     def __init__(
@@ -98,6 +98,7 @@ class EventStreamResponse(Response):
         to_close: Iterable[Any] = stream
         if isinstance(stream, SubscriptionBody):
             body = stream
+            self._hub = current_app.extensions["eventstream"].hub
             request.environ.get(ON_SUBSCRIBED_KEY, _ignore)(stream)
         elif cursor() == FINISHED_ID:
             status = 204
@@ -121,17 +122,17 @@ class EventStreamResponse(Response):
     def get_app_iter(self, environ: WSGIEnvironment) -> Iterable[bytes]:
         """Return the body for a WSGI server: the place where its road is chosen."""
         app_iter = super().get_app_iter(environ)
-        stream = self.response
-        if not (isinstance(stream, SubscriptionBody) and isinstance(app_iter, ClosingIterator)):
+        stream, hub = self.response, self._hub
+        # Both may be something else: the body after an after_request function, and () for HEAD.
+        if hub is None or not isinstance(stream, SubscriptionBody) or app_iter == ():
             return app_iter
-        hub = current_app.extensions["eventstream"].hub
-        server = hijack.server_socket(environ) if hub is not None and self._is_plain() else None
+        server = hijack.server_socket(environ) if self._is_plain() else None
         if server is None:
             return app_iter
         # Whoever wants to know when the stream ends may need the whole response for that.
         owner = self if self._has_closers else stream
         hand_over = partial(_hand_over, hub, stream, owner)
-        return hijack.HijackingBody(server, iter(app_iter), hand_over, app_iter.close)
+        return hijack.HijackingBody(server, iter(app_iter), hand_over, self.close)
 
     def _is_plain(self) -> bool:
         size = sum([len(name) + len(value) for name, value in self.headers])
