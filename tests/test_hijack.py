@@ -1,0 +1,825 @@
+"""The client's socket out of real servers: which road is taken, and that nobody can tell."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import importlib
+import io
+import os
+import socket
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flask
+import httpx
+import pytest
+
+from flask_eventstream import EventStreamResponse, ServerSentEvent, descriptors
+from flask_eventstream.hijack import Hijacked, HijackingBody, ServerSocket, server_socket
+from flask_eventstream.subscriber import framed
+from flask_eventstream.testing import client_stream
+
+from .hijack_apps import CHANGING, EARLIER, LIVE, PASSING
+from .roads import (
+    CLOSING,
+    HIJACKABLE,
+    KEEPING_ALIVE,
+    NO_HEADERS,
+    ONE_AT_A_TIME,
+    READING_BODIES,
+    SERVERS,
+    TIMEOUT,
+    Client,
+    Site,
+    Sites,
+    numbered,
+)
+from .servers import free_port, running, serving, system_part, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    import h11
+    from flask import Flask
+
+
+ROADS = ["", "/iterated"]
+ASKED_MEANWHILE = [
+    (name, app) for name in HIJACKABLE for app in ROADS if not app or name not in ONE_AT_A_TIME
+]
+"""The roads on which a server answers others while a stream is open."""
+FIRST_BYTES = b":\nretry: 0\n"
+FIELDS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache, no-transform",
+    "x-accel-buffering": "no",
+}
+GREETING = (
+    b"POST /greeting HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+)
+UNNOTICED = {"split", "preceded_by_nothing"}
+"""Middleware that some servers make nothing of: they write the same bytes as without it."""
+OTHER_APPS = ["/iterated", "/beating"]
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
+    with ExitStack() as stack:
+        sites = Sites(tmp_path_factory.mktemp("sites"), stack)
+        yield sites
+        sites.stop()
+        assert sites.failures() == []
+
+
+def wire_of(events: Iterable[ServerSentEvent]) -> bytes:
+    numbers = map(str, count(1))
+    return b"".join([event.with_id(event.id or next(numbers)).encode() for event in events])
+
+
+PLAYED = FIRST_BYTES + wire_of([*EARLIER, *LIVE])
+
+
+class Stream(NamedTuple):
+    """A whole answer."""
+
+    status: int
+    fields: dict[str, str]
+    body: bytes
+
+
+def fields_of(head: h11.Response) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in head.headers}
+
+
+def app_of(target: str) -> str:
+    """Return the prefix of the app that serves a target; all middleware has the same one."""
+    return next((prefix for prefix in OTHER_APPS if target.startswith(prefix)), "")
+
+
+def is_deserted(counts: dict[str, int]) -> bool:
+    is_told = counts.get("connected", 0) == counts.get("disconnected", 0)
+    return is_told and counts["subscribers"] == counts["sockets"] == 0
+
+
+def becomes_deserted(site: Site, app: str = "") -> None:
+    wait_for(lambda: is_deserted(site.counts(app)), what="nobody to be subscribed")
+
+
+def play(
+    site: Site,
+    target: str,
+    *,
+    is_hijacked: bool | None,
+    is_local: bool = False,
+    is_new: bool = False,
+    method: str = "GET",
+    body: bytes = b"",
+    version: str = "1.1",
+    headers: Mapping[str, str] = NO_HEADERS,
+) -> Stream:
+    """Read a stream to its end, whose events come before the client and while it is there.
+
+    The client comes with a cursor unless it is new. Which road it took is asserted, if known.
+    """
+    app = app_of(target)
+    becomes_deserted(site, app)
+    before = site.counts(app).get("hijacked", 0)
+    cursor = site.post(f"{app}/play")["cursor"]
+    with site.client(is_local) as client:
+        came_with = {} if is_new else {"Last-Event-ID": cursor}
+        client.ask(target, method, body, version, {**headers, **came_with})
+        head, answer = client.head(), client.body()
+        assert not is_hijacked or client.rest() == b""
+    assert is_hijacked in {None, site.counts(app).get("hijacked", 0) - before}
+    return Stream(head.status_code, fields_of(head), answer)
+
+
+@contextmanager
+def reading(
+    site: Site, target: str = "/stream", headers: Mapping[str, str] = NO_HEADERS
+) -> Iterator[Client]:
+    """Read a stream that has begun."""
+    with site.client() as client:
+        client.ask(target, headers=headers)
+        assert client.head().status_code == 200
+        assert client.until(FIRST_BYTES) == FIRST_BYTES
+        yield client
+
+
+# Every server, both roads
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("name", SERVERS)
+def test_both_roads_send_the_same_bytes(sites: Sites, name: str, version: str) -> None:
+    site = sites(name)
+    hijacked = play(site, "/stream", is_hijacked=name in HIJACKABLE, version=version)
+    iterated = play(site, "/iterated/stream", is_hijacked=False, version=version)
+    assert numbered(hijacked.body) == numbered(iterated.body) == PLAYED
+    assert hijacked.status == iterated.status == 200
+    assert hijacked.fields | {"date": ""} == iterated.fields | {"date": ""}
+    assert hijacked.fields.items() >= FIELDS.items()
+
+
+@pytest.mark.parametrize("target", ["/stream", "/iterated/stream"])
+@pytest.mark.parametrize("name", ["gevent", "gthread", "sync"])
+def test_a_unix_socket_is_as_good(sites: Sites, name: str, target: str) -> None:
+    is_hijacked = target == "/stream"
+    stream = play(sites(name), target, is_hijacked=is_hijacked, is_local=True)
+    assert numbered(stream.body) == PLAYED
+    assert stream.fields.items() >= FIELDS.items()
+
+
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_a_hijacked_stream_begins_at_once_and_keeps_nobody_from_being_served(
+    sites: Sites, name: str
+) -> None:
+    site = sites(name)
+    with reading(site) as one, reading(site) as other:
+        assert site.counts()["sockets"] == 2
+        for n in range(3):
+            wire = b"id: %b\ndata: %d\n\n" % (site.publish(n).encode(), n)
+            assert one.until(b"\n\n") == other.until(b"\n\n") == wire
+        assert site.post("/disconnect") == [2]
+        for client in (one, other):
+            assert client.body() == b""
+            assert client.rest() == b""
+
+
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_a_client_that_leaves_is_noticed_without_a_heartbeat(sites: Sites, name: str) -> None:
+    site = sites(name)
+    with reading(site):
+        assert site.counts()["sockets"] == 1
+    becomes_deserted(site)
+
+
+# What is not hijacked
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_head_is_answered_without_a_subscription(sites: Sites, name: str) -> None:
+    site = sites(name)
+    becomes_deserted(site)
+    before = site.counts()
+    with site.client() as client:
+        client.ask("/stream", "HEAD")
+        head = client.head()
+        assert client.body() == b""
+    assert head.status_code == 200
+    assert fields_of(head).items() >= FIELDS.items()
+    assert site.counts() == before
+
+
+@pytest.mark.parametrize("headers", [{}, {"Transfer-Encoding": "chunked"}])
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_with_a_body_that_the_view_does_not_read_the_server_keeps_its_socket(
+    sites: Sites, name: str, headers: dict[str, str]
+) -> None:
+    request: Any = {"method": "POST", "body": b"unread", "headers": headers}
+    # Who closes every connection never needs to know where the body ends.
+    is_hijacked = None if name in CLOSING else False
+    stream = play(sites(name), "/subscribe", is_hijacked=is_hijacked, **request)
+    assert numbered(stream.body) == PLAYED
+
+
+@pytest.mark.parametrize("target", ["/subscribe?gzip", "/subscribe?coding", "/zipped/stream"])
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_with_a_content_coding_the_server_keeps_its_socket(
+    sites: Sites, name: str, target: str
+) -> None:
+    stream = play(sites(name), target, is_hijacked=False)
+    is_zipped = stream.fields["content-encoding"] == "gzip"
+    assert is_zipped == ("zip" in target)
+    assert numbered(gzip.decompress(stream.body) if is_zipped else stream.body) == PLAYED
+
+
+@pytest.mark.parametrize("change", CHANGING)
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_middleware_that_changes_the_items_gets_all_of_them(
+    sites: Sites, name: str, change: str
+) -> None:
+    is_hijacked = None if change in UNNOTICED else False
+    stream = play(sites(name), f"/{change}/stream", is_hijacked=is_hijacked)
+    start = b":hello\n" if change == "introduced" else b""
+    assert numbered(stream.body) == start + PLAYED
+
+
+def test_a_test_client_iterates(app: Flask) -> None:
+    with client_stream(app.test_client(), "/stream"):
+        assert app.extensions["eventstream"].broker.subscriber_count() == 1
+        assert not app.extensions["eventstream"].hub._is_running
+
+
+def test_a_server_that_forks_for_each_request_keeps_the_socket(sites: Sites) -> None:
+    # The process ends with the response, and a hub in it would, too.
+    with reading(sites("werkzeug-forking"), "/beating/stream") as client:
+        assert client.until(b":\n:\n") == b":\n:\n"
+
+
+@pytest.mark.parametrize("worker", [["gthread", "--threads=4"], ["gevent"]])
+def test_http_2_streams_are_iterated(worker: list[str]) -> None:
+    pytest.importorskip("h2")
+    pytest.importorskip("gunicorn.http2")
+    options = ["--http-protocols=h2,h1", "--http2-cleartext=prior-knowledge"]
+    with (
+        serving("tests.hijack_apps:create_site()", *worker, *options) as server,
+        httpx.Client(http1=False, http2=True, base_url=server.url, timeout=TIMEOUT) as client,
+    ):
+        cursor = client.post("/play").json()["cursor"]
+        answer = client.get("/stream", headers={"Last-Event-ID": cursor})
+        assert answer.http_version == "HTTP/2"
+        assert numbered(answer.content) == PLAYED
+        assert "hijacked" not in client.get("/counts").json()
+
+
+# What is hijacked all the same
+
+
+@pytest.mark.parametrize("name", READING_BODIES)
+def test_a_body_that_the_view_has_read_is_no_obstacle(sites: Sites, name: str) -> None:
+    request: Any = {"method": "POST", "headers": {"Content-Type": "application/json"}}
+    request["body"] = b'{"channel": "sse"}'
+    stream = play(sites(name), "/subscribe?json", is_hijacked=True, **request)
+    assert numbered(stream.body) == PLAYED
+
+
+@pytest.mark.parametrize("middleware", PASSING)
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_middleware_that_passes_the_items_on_is_no_obstacle(
+    sites: Sites, name: str, middleware: str
+) -> None:
+    stream = play(sites(name), f"/{middleware}/stream", is_hijacked=True)
+    assert numbered(stream.body) == PLAYED
+
+
+# Connections that carry more than one request
+
+
+@pytest.mark.parametrize("name", KEEPING_ALIVE)
+def test_a_connection_that_carried_requests_before_is_hijacked(sites: Sites, name: str) -> None:
+    site = sites(name)
+    with site.client() as client:
+        for n in range(3):
+            client.ask(f"/greeting?name={n}")
+            assert client.answer() == (200, b"hello %d" % n)
+        client.ask("/greeting", "POST", b"not read by the view")
+        assert client.answer() == (200, b"hello ")
+        client.ask("/stream")
+        assert client.head().status_code == 200
+        assert client.until(FIRST_BYTES) == FIRST_BYTES
+        assert site.counts()["sockets"] == 1
+        id = site.publish("x").encode()
+        assert client.until(b"\n\n") == b"id: %b\ndata: x\n\n" % id
+        site.post("/disconnect")
+        assert client.body() == b""
+        assert client.rest() == b""
+
+
+@pytest.mark.parametrize("target", ["/stream", "/iterated/stream"])
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_a_request_that_comes_with_that_of_a_stream_is_answered_or_not_run(
+    sites: Sites, name: str, target: str
+) -> None:
+    site, app = sites(name), app_of(target)
+    becomes_deserted(site, app)
+    greeted = site.counts(app).get("greeted", 0)
+    cursor = site.post(f"{app}/play")["cursor"]
+    with site.client() as client:
+        first = client.request(target, headers={"Last-Event-ID": cursor})
+        client.send(first + GREETING.replace(b"/greeting", f"{app}/greeting".encode()))
+        assert client.head().status_code == 200
+        assert numbered(client.body()) == PLAYED
+        answers = client.rest().count(b"hello ")
+    assert site.counts(app).get("greeted", 0) - greeted == answers
+
+
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_a_request_that_comes_during_a_hijacked_stream_is_not_run(sites: Sites, name: str) -> None:
+    site = sites(name)
+    greeted = site.counts().get("greeted", 0)
+    with reading(site) as client:
+        client.send(GREETING)
+        site.publish("x")
+        assert client.until(b"\n\n").endswith(b"data: x\n\n")
+        site.post("/disconnect")
+        assert client.body() == b""
+        assert client.rest() == b""
+    assert site.counts().get("greeted", 0) == greeted
+
+
+@pytest.mark.parametrize("more", ["a body", "a request"])
+@pytest.mark.parametrize("name", ONE_AT_A_TIME)
+def test_a_request_with_more_than_its_head_keeps_nobody_from_being_served(
+    sites: Sites, name: str, more: str
+) -> None:
+    site = sites(name)
+    with site.client() as client:
+        body = more.encode() if more == "a body" else b""
+        wire = client.request("/beating/stream", body=body)
+        client.send(wire if body else wire + GREETING)
+        assert client.head().status_code == 200
+        assert client.until(FIRST_BYTES) == FIRST_BYTES
+        assert site.counts("/beating")["subscribers"] == 1
+
+
+@pytest.mark.parametrize("name", KEEPING_ALIVE)
+def test_a_stream_that_is_asked_for_with_the_request_before_it_is_answered(
+    sites: Sites, name: str
+) -> None:
+    site = sites(name)
+    with site.client() as client:
+        stream = b"GET /stream HTTP/1.1\r\nHost: test\r\n\r\n"
+        client.send(client.request("/greeting") + stream)
+        assert client.answer() == (200, b"hello ")
+        assert client.request("/stream") == stream
+        assert client.head().status_code == 200
+        assert client.until(FIRST_BYTES) == FIRST_BYTES
+        assert site.counts()["sockets"] == 1
+
+
+# nginx
+
+
+NGINX = """
+daemon off; pid nginx.pid; error_log stderr;
+events {{ }}
+http {{
+    access_log off; {temporary}
+    {upstreams}
+    server {{
+        listen 127.0.0.1:{port};
+        {locations}
+    }}
+}}
+"""
+NGINX_SITES = ["gevent", "gthread", "sync"]
+NGINX_OPTIONS = {
+    "default": "",
+    "unbuffered": "proxy_buffering off;",
+    "keepalive": 'proxy_http_version 1.1; proxy_set_header Connection "";',
+    "unbuffered-keepalive": (
+        'proxy_buffering off; proxy_http_version 1.1; proxy_set_header Connection "";'
+    ),
+}
+
+
+def nginx_config(sites: Sites, port: int) -> str:
+    parts = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+    return NGINX.format(
+        port=port,
+        temporary=" ".join([f"{part}_temp_path {part};" for part in parts]),
+        upstreams=" ".join(
+            [
+                f"upstream {name} {{ server 127.0.0.1:{sites(name).server.port}; keepalive 4; }}"
+                for name in NGINX_SITES
+            ]
+        ),
+        locations=" ".join(
+            [
+                f"location /{name}/{option}/ {{ {directives} proxy_pass http://{name}/; }}"
+                for name in NGINX_SITES
+                for option, directives in NGINX_OPTIONS.items()
+            ]
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def proxy(sites: Sites, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    program, home, port = system_part("nginx"), tmp_path_factory.mktemp("nginx"), free_port()
+    (home / "nginx.conf").write_text(nginx_config(sites, port), "utf-8")
+    with running([program, "-p", str(home), "-c", "nginx.conf", "-e", "stderr"], port) as server:
+        yield Site(server, None, home)
+
+
+@pytest.mark.parametrize("option", NGINX_OPTIONS)
+@pytest.mark.parametrize("name", NGINX_SITES)
+def test_through_nginx_a_hijacked_stream_begins_at_once_and_goes_on(
+    sites: Sites, proxy: Site, name: str, option: str
+) -> None:
+    site = sites(name)
+    becomes_deserted(site)
+    with reading(proxy, f"/{name}/{option}/stream") as client:
+        assert site.counts()["sockets"] == 1
+        for n in range(3):
+            id = site.publish(n).encode()
+            assert client.until(b"\n\n") == b"id: %b\ndata: %d\n\n" % (id, n)
+        site.post("/disconnect")
+        assert client.body() == b""
+
+
+@pytest.mark.parametrize("option", NGINX_OPTIONS)
+@pytest.mark.parametrize("name", NGINX_SITES)
+def test_a_client_that_leaves_nginx_is_noticed_without_a_heartbeat(
+    sites: Sites, proxy: Site, name: str, option: str
+) -> None:
+    site = sites(name)
+    becomes_deserted(site)
+    with reading(proxy, f"/{name}/{option}/stream"):
+        assert site.counts()["sockets"] == 1
+    becomes_deserted(site)
+
+
+# The server's own business
+
+
+@pytest.mark.parametrize("prefix", ["", *[f"/{name}" for name in PASSING]])
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_a_hijacked_response_is_logged_once_and_as_a_success(
+    sites: Sites, name: str, prefix: str
+) -> None:
+    site, target = sites(name), f"{prefix}/stream?marked-for-the-log"
+    play(site, target, is_hijacked=True)
+    [line] = wait_for(lambda: lines_about(site, f"GET {target}"), what=f"{target} in the log")
+    assert "200" in line
+    if name in {"gevent", "gthread", "sync"}:
+        wait_for(lambda: lines_about(site, f"after {target} 200 OK"), what="the hook to run")
+        assert len(lines_about(site, target)) == 2
+
+
+def lines_about(site: Site, words: str) -> list[str]:
+    return [line for line in site.server.log().splitlines() if words in line]
+
+
+@pytest.mark.parametrize(("name", "app"), ASKED_MEANWHILE)
+@pytest.mark.parametrize("does_leave", [False, True])
+def test_what_is_to_be_called_on_close_is_called_when_the_stream_ends(
+    sites: Sites, name: str, app: str, does_leave: bool
+) -> None:
+    site = sites(name)
+    becomes_deserted(site, app)
+    before = site.counts(app)
+    with reading(site, f"{app}/subscribe?closers") as client:
+        assert site.counts(app).get("closed", 0) == before.get("closed", 0)
+        assert site.counts(app).get("disconnected", 0) == before.get("disconnected", 0)
+        if not does_leave:
+            assert site.post(f"{app}/disconnect") == [1]
+            assert client.body() == b""
+    if does_leave and app:
+        # Without a heartbeat it is found out by what is published.
+        wait_for(lambda: site.publish("x", app) and site.counts(app)["subscribers"] == 0)
+    wait_for(lambda: site.counts(app).get("second closer", 0) > before.get("second closer", 0))
+    after = site.counts(app)
+    for event in ("closed", "first closer", "second closer", "connected", "disconnected"):
+        assert after[event] == before.get(event, 0) + 1, event
+
+
+@pytest.mark.parametrize("app", ROADS)
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_cookie_of_the_view_arrives(sites: Sites, name: str, app: str) -> None:
+    is_hijacked = name in HIJACKABLE and not app
+    stream = play(sites(name), f"{app}/subscribe?session", is_hijacked=is_hijacked)
+    assert stream.fields["set-cookie"].startswith("session=")
+    assert stream.fields["vary"] == "Cookie"
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(("cookies", "is_hijacked"), [(15, True), (20, False)])
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_a_large_head_arrives(sites: Sites, name: str, cookies: int, is_hijacked: bool) -> None:
+    site = sites(name)
+    becomes_deserted(site)
+    stream = play(site, f"/subscribe?cookies={cookies}", is_hijacked=is_hijacked)
+    assert stream.fields["set-cookie"] == f"cookie-{cookies - 1}={'c' * 4000}; Path=/"
+    assert numbered(stream.body) == PLAYED
+
+
+@pytest.mark.parametrize("app", ROADS)
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_a_large_snapshot_arrives(sites: Sites, name: str, app: str) -> None:
+    target = f"{app}/subscribe?snapshot=5000000"
+    stream = play(sites(name), target, is_hijacked=not app, is_new=True)
+    events = wire_of([ServerSentEvent("s" * 5_000_000), *LIVE])
+    assert numbered(stream.body) == FIRST_BYTES + events
+
+
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_a_large_history_arrives(sites: Sites, name: str) -> None:
+    site = sites(name)
+    cursor = site.publish("first")
+    texts = ["h" * 200_000] * 15 + ["the end"]
+    for text in texts:
+        site.publish(text)
+    with site.client() as client:
+        client.ask("/stream", headers={"Last-Event-ID": cursor})
+        assert client.head().status_code == 200
+        wire = client.until(b"the end\n\n")
+        assert site.counts()["sockets"] == 1
+    assert numbered(wire) == FIRST_BYTES + wire_of(map(ServerSentEvent, texts))
+
+
+# A stand-in for a server, and no more than the body
+
+HEAD = b"HTTP/1.1 200 OK\r\nServer: stand-in\r\n\r\n"
+CHUNKED_HEAD = HEAD.replace(b"\r\n\r\n", b"\r\ntransfer-encoding: chunked\r\n\r\n")
+ITEMS = [b"first", b"second", b"third"]
+
+
+class StandIn:
+    """A server whose client's socket is one of a pair, and which serves one response."""
+
+    def __init__(
+        self,
+        head: bytes = HEAD,
+        read_ahead: bytes = b"",
+        take: Callable[[Hijacked], None] | None = None,
+    ) -> None:
+        self._client, self.socket = socket.socketpair()
+        self._client.settimeout(TIMEOUT)
+        self._head = head
+        self.taken: list[Hijacked] = []
+        self.closed = 0
+        server = ServerSocket(self.socket, lambda: read_ahead)
+        self.body = HijackingBody(server, iter(ITEMS), take or self.taken.append, self._close)
+
+    def _close(self) -> None:
+        self.closed += 1
+
+    def serve(self, frame: Callable[[bytes], bytes] = bytes) -> None:
+        head = self._head
+        try:
+            for item in self.body:
+                self.socket.sendall(head + frame(item))
+                head = b""
+            self.socket.sendall(b"the end")
+        finally:
+            self.body.close()
+
+    def received(self) -> bytes:
+        """Return what the client gets until everybody has closed its connection."""
+        self.socket.close()
+        with self._client:
+            return b"".join(iter(lambda: self._client.recv(65536), b""))
+
+    def leave(self) -> None:
+        self._client.close()
+        self.socket.close()
+
+
+@pytest.fixture
+def stand_in() -> Iterator[Callable[..., StandIn]]:
+    servers: list[StandIn] = []
+
+    def make(*arguments: Any, **options: Any) -> StandIn:
+        servers.append(StandIn(*arguments, **options))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.leave()
+
+
+def chunk(item: bytes) -> bytes:
+    return framed(item, True)
+
+
+@pytest.mark.parametrize(
+    ("head", "frame", "first"),
+    [(HEAD, bytes, b"first"), (CHUNKED_HEAD, chunk, b"5\r\nfirst\r\n")],
+    ids=["plain", "chunked"],
+)
+def test_the_socket_is_handed_over_with_what_the_server_wrote(
+    stand_in: Callable[..., StandIn], head: bytes, frame: Callable[[bytes], bytes], first: bytes
+) -> None:
+    server = stand_in(head)
+    server.serve(frame)
+    [hijacked] = server.taken
+    assert hijacked[1:] == (head + first, head is CHUNKED_HEAD)
+    assert server.closed == 0
+    os.write(hijacked.descriptor, b"from us")
+    os.close(hijacked.descriptor)
+    assert server.received() == b"from us"
+
+
+@pytest.mark.parametrize(
+    ("head", "frame"),
+    [
+        (HEAD, chunk),
+        (CHUNKED_HEAD, bytes),
+        (CHUNKED_HEAD, lambda item: chunk(item.upper() + b"!")),
+        (HEAD.replace(b"Server", b"Content-Encoding"), bytes),
+        (HEAD.replace(b"Server: stand-in", b"Content-Length: 16"), bytes),
+        (HEAD + b"more", bytes),
+        (b"", bytes),
+    ],
+)
+def test_what_is_not_as_expected_is_given_back(
+    stand_in: Callable[..., StandIn], head: bytes, frame: Callable[[bytes], bytes]
+) -> None:
+    server = stand_in(head)
+    server.serve(frame)
+    assert server.taken == []
+    assert server.closed == 1
+    assert server.received() == head + b"".join(map(frame, ITEMS)) + b"the end"
+
+
+def test_with_the_next_request_read_already_the_socket_is_given_back_at_once(
+    stand_in: Callable[..., StandIn],
+) -> None:
+    server = stand_in(read_ahead=b"GET /")
+    assert next(server.body) == b"first"
+    server.socket.sendall(b"straight to the client")
+    server.body.close()
+    assert (server.taken, server.closed) == ([], 1)
+    assert server.received() == b"straight to the client"
+
+
+def fail(*args: Any) -> Any:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+@pytest.mark.parametrize("owner", [socket, socket.socket], ids=["pair", "client"])
+def test_without_descriptors_for_the_pair_the_response_goes_on(
+    stand_in: Callable[..., StandIn], monkeypatch: pytest.MonkeyPatch, owner: Any
+) -> None:
+    server = stand_in()
+    monkeypatch.setattr(owner, "socketpair" if owner is socket else "dup", fail)
+    server.serve()
+    assert (server.taken, server.closed) == ([], 1)
+    assert server.received() == HEAD + b"".join(ITEMS) + b"the end"
+
+
+def test_a_socket_that_nobody_could_take_is_closed(stand_in: Callable[..., StandIn]) -> None:
+    server = stand_in(take=fail)
+    with suppress(OSError):
+        server.serve()
+    assert server.closed == 1
+    assert server.received() == b""
+
+
+# The servers that are known
+
+ENVIRON = {"SERVER_PROTOCOL": "HTTP/1.1", "REQUEST_METHOD": "GET", "wsgi.multithread": True}
+
+
+@pytest.fixture
+def plain() -> Iterator[socket.socket]:
+    with socket.socket() as one:
+        yield one
+
+
+def gunicorn_input(length: int = 0, read_ahead: bytes = b"") -> Any:
+    unreader = SimpleNamespace(buf=io.BytesIO(read_ahead))
+    return SimpleNamespace(reader=SimpleNamespace(length=length, unreader=unreader))
+
+
+def of_gunicorn(found: socket.socket, **arguments: Any) -> dict[str, Any]:
+    return {**ENVIRON, "gunicorn.socket": found, "wsgi.input": gunicorn_input(**arguments)}
+
+
+def of_werkzeug(found: socket.socket) -> dict[str, Any]:
+    own = {"werkzeug.socket": found, "wsgi.input": io.BytesIO(), "wsgi.multiprocess": False}
+    return ENVIRON | own
+
+
+def of_pywsgi(found: socket.socket, length: int, **arguments: Any) -> dict[str, Any]:
+    pywsgi = importlib.import_module("gevent.pywsgi")
+    return {**ENVIRON, "wsgi.input": pywsgi.Input(found.makefile("rb"), length, **arguments)}
+
+
+@pytest.mark.parametrize("name", ["gunicorn", "werkzeug", "pywsgi"])
+def test_the_sockets_of_three_servers_are_known(plain: socket.socket, name: str) -> None:
+    environs = {
+        "gunicorn": of_gunicorn(plain),
+        "werkzeug": of_werkzeug(plain),
+        "pywsgi": of_pywsgi(plain, 0),
+    }
+    found = server_socket(environs[name])
+    assert found is not None
+    assert found.socket is plain
+
+
+def test_what_gunicorn_has_read_ahead_is_known(plain: socket.socket) -> None:
+    found = server_socket(of_gunicorn(plain, read_ahead=b"GET /"))
+    assert found is not None
+    assert found.read_ahead() == b"GET /"
+
+
+def test_what_pywsgi_has_read_ahead_is_known() -> None:
+    client, connection = socket.socketpair()
+    with client, connection:
+        client.sendall(b"GET /")
+        found = server_socket(of_pywsgi(connection, 0))
+        assert found is not None
+        assert found.read_ahead() == b"GET /"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SERVER_PROTOCOL": "HTTP/2.0"},
+        {"SERVER_PROTOCOL": None},
+        {"REQUEST_METHOD": "HEAD"},
+        {"wsgi.input": gunicorn_input(length=1)},
+        # As it is with a body in chunks, and with middleware around the input.
+        {"wsgi.input": SimpleNamespace(reader=object())},
+        {"wsgi.input": io.BytesIO()},
+        {"gunicorn.socket": None},
+    ],
+)
+def test_what_does_not_look_as_gunicorns_is_not_hijacked(
+    plain: socket.socket, environ: dict[str, Any]
+) -> None:
+    assert server_socket(of_gunicorn(plain) | environ) is None
+
+
+def test_a_process_that_werkzeug_forks_for_a_request_keeps_the_socket(plain: socket.socket) -> None:
+    assert server_socket(of_werkzeug(plain) | {"wsgi.multiprocess": True}) is None
+
+
+def test_pywsgi_keeps_a_socket_with_a_body_that_was_not_read(plain: socket.socket) -> None:
+    assert server_socket(of_pywsgi(plain, 1)) is None
+    assert server_socket(of_pywsgi(plain, 0, chunked_input=True)) is None
+
+
+def test_a_socket_that_is_more_than_a_socket_is_not_hijacked() -> None:
+    class Encrypting(socket.socket):
+        pass
+
+    with Encrypting() as found:
+        assert server_socket(of_gunicorn(found)) is None
+
+
+def test_a_server_that_is_not_known_keeps_its_socket() -> None:
+    assert server_socket({**ENVIRON, "wsgi.input": io.BytesIO()}) is None
+
+
+def test_where_the_hub_has_no_epoll_nothing_is_hijacked(
+    plain: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descriptors, "IS_AVAILABLE", False)
+    assert server_socket(of_gunicorn(plain)) is None
+
+
+# What the response decides
+
+
+def road_of(app: Flask, path: str = "/stream") -> type:
+    """Return the class of the body that an app gives to a server whose socket it can take."""
+    with socket.socket() as plain:
+        environ = of_werkzeug(plain)
+        with app.test_request_context(path, environ_overrides=environ):
+            response = app.full_dispatch_request()
+            body = response.get_app_iter(flask.request.environ)
+            response.close()
+    return type(body)
+
+
+def test_a_stream_of_channels_is_hijacked(app: Flask) -> None:
+    assert road_of(app) is HijackingBody
+
+
+def test_a_stream_of_a_generator_is_not_hijacked(app: Flask) -> None:
+    app.add_url_rule("/items", view_func=lambda: EventStreamResponse(["x"]))
+    assert road_of(app, "/items") is not HijackingBody
+
+
+def test_an_apps_own_class_of_responses_is_no_obstacle(app: Flask) -> None:
+    app.response_class = type("OwnResponse", (flask.Response,), {})
+    assert road_of(app) is HijackingBody
