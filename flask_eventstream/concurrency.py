@@ -8,6 +8,7 @@ thread that runs a gevent hub must not be blocked by a wait of the standard libr
 from __future__ import annotations
 
 import atexit
+import contextvars
 import importlib
 import os
 import sys
@@ -101,7 +102,15 @@ def new_event() -> Event:
 
 
 def spawn(function: Callable[..., object], *args: object) -> None:
-    """Run a function on its own daemon thread, or on a greenlet where gevent runs."""
+    """Run a function on its own daemon thread, or on a greenlet where gevent runs.
+
+    It starts without context variables. gevent would copy the caller's, and what runs for long
+    would keep the context of the request that happened to start it.
+    """
+    contextvars.Context().run(_spawn, function, args)
+
+
+def _spawn(function: Callable[..., object], args: tuple[object, ...]) -> None:
     if runs_in_greenlet():
         sys.modules["gevent"].spawn(function, *args)
     else:

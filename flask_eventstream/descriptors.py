@@ -32,6 +32,7 @@ _HAS_ROOM = 0x004  # EPOLLOUT
 _EDGE_TRIGGERED = 1 << 31  # EPOLLET
 _EPOLL_CTL_DEL = 2
 _MAX_PART_BYTES = 64 * 1024
+_MOST_MILLISECONDS = 2**31 - 1
 _NOT_SENT_BYTES = struct.pack("i", 128 * 1024)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _ONE = struct.pack("i", 1)
@@ -72,7 +73,7 @@ def prepare(descriptor: int, timeout: float) -> None:
     :param descriptor: the socket.
     :param timeout: how long sent bytes may stay unacknowledged, in seconds.
     """
-    milliseconds = struct.pack("i", int(timeout * 1000))
+    milliseconds = struct.pack("i", min(int(timeout * 1000), _MOST_MILLISECONDS))
     # They fail on Unix sockets, which need none of them.
     _libc.setsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_NODELAY, _ONE, 4)
     _libc.setsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds, 4)

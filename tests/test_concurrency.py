@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextvars
 import os
 import subprocess
 import sys
@@ -38,6 +39,61 @@ def test_a_greenlet_gets_what_gevent_has_without_monkey_patching() -> None:
     in_greenlet(lambda: concurrency.spawn(lambda: ran_on.append(gevent.getcurrent())))
     wait_for(lambda: gevent.sleep(0) or ran_on)
     assert isinstance(ran_on[0], gevent.Greenlet)
+
+
+def test_what_is_spawned_keeps_nothing_of_the_callers_context() -> None:
+    variable = contextvars.ContextVar("variable", default="nothing")
+    variable.set("the request")
+    seen: list[str] = []
+    concurrency.spawn(lambda: seen.append(variable.get()))
+    assert in_greenlet(variable.get) == "the request"
+    in_greenlet(lambda: concurrency.spawn(lambda: seen.append(variable.get())))
+    wait_for(lambda: gevent.sleep(0) or len(seen) == 2)
+    assert seen == ["nothing", "nothing"]
+
+
+def test_a_greenlet_waits_for_a_descriptor_while_others_run() -> None:
+    reading, writing = os.pipe()
+    waiting = gevent.spawn(concurrency.wait_readable, reading, 20)
+    gevent.sleep(0)
+    os.write(writing, b"x")
+    waiting.get(timeout=20)
+    os.read(reading, 1)
+    in_greenlet(lambda: concurrency.wait_readable(reading, 0.01))
+    for end in (reading, writing):
+        os.close(end)
+
+
+def test_another_timeout_than_its_own_is_passed_on() -> None:
+    reading, writing = os.pipe()
+
+    def wait() -> None:
+        with gevent.Timeout(0.01, TimeoutError("of somebody else")):
+            concurrency.wait_readable(reading, 20)
+
+    with pytest.raises(TimeoutError, match="of somebody else"):
+        gevent.spawn(wait).get(timeout=20)
+    for end in (reading, writing):
+        os.close(end)
+
+
+AT_EXIT = """
+from flask_eventstream import concurrency
+class Ended:
+    def __init__(self, name): self.name = name
+    def end(self): print(self.name)
+alive, dead = Ended("alive"), Ended("dead")
+concurrency.call_at_exit(alive.end)
+concurrency.call_at_exit(dead.end)
+del dead
+"""
+
+
+def test_what_is_alive_at_the_end_of_the_interpreter_is_called() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "alive\n"
 
 
 def test_a_waiting_greenlet_lets_others_run_without_monkey_patching() -> None:

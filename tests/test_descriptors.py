@@ -94,6 +94,8 @@ def test_small_events_leave_at_once_and_a_vanished_client_is_given_up(
     descriptors.prepare(server.fileno(), timeout=1.5)
     assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
+    descriptors.prepare(server.fileno(), timeout=threading.TIMEOUT_MAX)
+    assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2**31 - 1
 
 
 def test_a_unix_socket_needs_no_preparation() -> None:
