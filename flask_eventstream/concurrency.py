@@ -8,16 +8,19 @@ thread that runs a gevent hub must not be blocked by a wait of the standard libr
 from __future__ import annotations
 
 import atexit
-import contextvars
 import importlib
+import logging
 import os
 import sys
 import threading
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_logger = logging.getLogger(__name__)
 
 
 class Event(Protocol):
@@ -93,6 +96,29 @@ class Waker:
             return True
 
 
+class Errands:
+    """Does what others need not wait for, one after another, on a thread or greenlet of its own."""
+
+    def __init__(self) -> None:
+        self._left: deque[Callable[[], object]] = deque()
+        self._waker = Waker(self._run_all)
+
+    def add(self, errand: Callable[[], object]) -> None:
+        """Have a function called soon. If it fails, that is logged."""
+        self._left.append(errand)
+        self._waker.start()
+        self._waker.ring()
+
+    def _run_all(self) -> bool:
+        while self._left:
+            errand = self._left.popleft()
+            try:
+                errand()
+            except Exception:
+                _logger.exception("What was left to do failed: %r", errand)
+        return False
+
+
 def new_event() -> Event:
     """Return an event whose ``wait`` lets others run, and that any thread may set."""
     if runs_in_greenlet():
@@ -102,15 +128,7 @@ def new_event() -> Event:
 
 
 def spawn(function: Callable[..., object], *args: object) -> None:
-    """Run a function on its own daemon thread, or on a greenlet where gevent runs.
-
-    It starts without context variables. gevent would copy the caller's, and what runs for long
-    would keep the context of the request that happened to start it.
-    """
-    contextvars.Context().run(_spawn, function, args)
-
-
-def _spawn(function: Callable[..., object], args: tuple[object, ...]) -> None:
+    """Run a function on its own daemon thread, or on a greenlet where gevent runs."""
     if runs_in_greenlet():
         sys.modules["gevent"].spawn(function, *args)
     else:

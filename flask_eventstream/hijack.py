@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import weakref
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,8 +60,8 @@ class Hijacked(NamedTuple):
 def server_socket(environ: Mapping[str, Any]) -> ServerSocket | None:
     """Return the socket of a request's client, if it can be taken out of the server.
 
-    That is not so where it carries TLS or HTTP/2, where the request's body was not read to its end,
-    for HEAD, and for a server that is not known.
+    That is not so where it carries TLS or HTTP/2, for HEAD, for a server that is not known, and
+    where the request's body was not read to its end by a server that would read on.
 
     :param environ: the WSGI environment.
     """
@@ -77,15 +78,16 @@ def server_socket(environ: Mapping[str, Any]) -> ServerSocket | None:
 
 def _found_in(environ: Mapping[str, Any], body: Any) -> ServerSocket | None:
     if "gunicorn.socket" in environ:
+        if not environ.get("wsgi.multithread"):
+            # The sync worker closes each connection, and so never reads on. To iterate would keep
+            # everybody else waiting, until gunicorn kills the worker with all its streams.
+            return ServerSocket(environ["gunicorn.socket"], bytes)
         if body.reader.length:
             return None
         return ServerSocket(environ["gunicorn.socket"], body.reader.unreader.buf.getvalue)
     if "werkzeug.socket" in environ:
-        # How much was read of a body is not known. What comes behind it, it never answers.
-        length = environ.get("CONTENT_LENGTH") or "0"
-        has_body = length != "0" or "HTTP_TRANSFER_ENCODING" in environ
-        # With processes, the one that serves this request ends with it.
-        if has_body or environ.get("wsgi.multiprocess"):
+        # It closes each connection too. With processes, the one that serves this request ends now.
+        if environ.get("wsgi.multiprocess"):
             return None
         return ServerSocket(environ["werkzeug.socket"], bytes)
     if body.__class__.__module__ != "gevent.pywsgi":
@@ -149,16 +151,21 @@ class HijackingBody:
             pair.give_back(written)
             self._pair = None
         else:
+            self._hand_over(Hijacked(pair.client.fileno(), written, is_chunked))
+            # Only now it is somebody else's. If that failed, close() closes it.
+            pair.client.detach()
             self._is_handed_over = True
-            self._hand_over(Hijacked(pair.client.detach(), written, is_chunked))
+            # The server still writes a last chunk, and middleware that is a generator may have
+            # closed this before, and let it go.
+            weakref.finalize(pair.server, pair.ours.close).atexit = False
 
     def close(self) -> None:
-        """Close what the server has, and the response unless its stream goes on; once."""
-        # Only now, since the server writes a last chunk after the last item.
+        """Close the response, unless its stream goes on elsewhere."""
+        if self._is_handed_over:
+            return
         if self._pair is not None:
             self._pair.close()
-        if not self._is_handed_over:
-            self._close()
+        self._close()
 
 
 class _Pair(NamedTuple):

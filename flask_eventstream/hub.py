@@ -24,7 +24,7 @@ from .subscriber import Group, Subscriber, framed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from .subscriber import Owner, Source
+    from .subscriber import Source
 
 FRAME_BYTES = 64 * 1024
 """How many bytes are joined into one frame, unless a single event is larger."""
@@ -76,8 +76,7 @@ class SocketHub:
         self._is_stopping = False
         self._watcher = descriptors.Watcher()
         self._arrived: deque[Subscriber] = deque()
-        self._gone: deque[Owner] = deque()
-        self._farewell = concurrency.Waker(self._say_farewell)
+        self._errands = concurrency.Errands()
         self._subscribers: dict[int, Subscriber] = {}
         self._lagging: dict[int, Subscriber] = {}
         self._groups: dict[Source, Group] = {}
@@ -87,19 +86,33 @@ class SocketHub:
         self._now = self._next_tick = 0.0
 
     def add(self, subscriber: Subscriber) -> None:
-        """Send a subscriber everything from now on. Its socket belongs to the hub then."""
+        """Send a subscriber everything from now on.
+
+        :raises OSError: if it cannot be watched, for want of descriptors or memory.
+        :raises RuntimeError: if no thread can be started. In both cases it is still the caller's;
+            once this returns, its socket belongs to the hub.
+        """
         with self._mutex:
             if not self._watcher.is_open:
                 self._watcher.open()
                 concurrency.call_at_exit(self.stop)
-            self._arrived.append(subscriber)
-            is_running, self._is_running = self._is_running, True
         descriptors.prepare(subscriber.descriptor, self._max_lag)
-        # Here and not in the loop, since it gives the GIL away.
+        # Here and not in the loop, since it gives the GIL away. No event is missed: what is sent
+        # first finds out what there was.
         self._watcher.add(subscriber.descriptor)
-        if not is_running:
-            concurrency.spawn(self._run)
+        with self._mutex:
+            self._arrived.append(subscriber)
+            if not self._is_running:
+                self._start(subscriber)
         self.ring()
+
+    def _start(self, first: Subscriber) -> None:
+        try:
+            concurrency.spawn(self._run)
+        except RuntimeError:
+            self._arrived.remove(first)
+            raise
+        self._is_running = True
 
     def ring(self) -> None:
         """Have the loop look for what is new; from any thread, without waiting for anything."""
@@ -118,13 +131,10 @@ class SocketHub:
         while not self._is_over():
             try:
                 self._turn()
-            except Exception:
+            except Exception:  # noqa: PERF203  # only once for each turn
                 # Its subscribers must not stay connected to a hub that sends nothing.
                 _logger.exception("The socket hub failed; its streams end, and clients reconnect")
                 self._finish_all()
-            if self._gone:
-                self._farewell.start()
-                self._farewell.ring()
 
     def _is_over(self) -> bool:
         with self._mutex:
@@ -311,17 +321,8 @@ class SocketHub:
         if not group.size and not group.is_over:
             del self._groups[group.source]
         self._watcher.close_socket(descriptor)
-        self._gone.append(subscriber.owner)
-
-    def _say_farewell(self) -> bool:
-        # What an owner does is not the hub's business, and must not hold it up.
-        while self._gone:
-            owner = self._gone.popleft()
-            try:
-                owner.close()
-            except Exception:
-                _logger.exception("Closing what a stream belongs to failed: %r", owner)
-        return False
+        # What an owner does then is not the hub's business, and must not hold it up.
+        self._errands.add(subscriber.owner.close)
 
     def _after_fork(self) -> None:
         for subscriber in (*self._subscribers.values(), *self._arrived):

@@ -12,7 +12,7 @@ import json
 import sys
 import traceback
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
@@ -84,6 +84,15 @@ class EventStreamResponse(Response):
     _hub: SocketHub | None = None
     _has_closers = False
 
+    def __new__(cls, *arguments: Any, **options: Any) -> Any:
+        """Make a response that is of the app's own class too.
+
+        Flask turns every other into that class, which would know nothing of roads.
+        """
+        kind: Any = cls
+        own: Any = current_app.response_class
+        return object.__new__(kind if issubclass(kind, own) else _both(kind, own))
+
     def __init__(
         self,
         stream: Iterable[Any],
@@ -137,6 +146,11 @@ class EventStreamResponse(Response):
     def _is_plain(self) -> bool:
         size = sum([len(name) + len(value) for name, value in self.headers])
         return size < hijack.MAX_HEAD_BYTES and "Content-Encoding" not in self.headers
+
+
+@lru_cache(maxsize=32)
+def _both(cls: Any, own: Any) -> Any:
+    return type(cls.__name__, (cls, own), {})
 
 
 def merge(*sources: Iterable[Any]) -> Iterator[Any]:

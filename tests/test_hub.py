@@ -392,7 +392,7 @@ def test_an_owner_that_fails_to_close_is_logged_and_harms_nobody(
     for client in clients:
         client.close()
     wait_for(lambda: crowd.owners[1].closed)
-    wait_for(lambda: "Closing what a stream belongs to failed" in caplog.text)
+    wait_for(lambda: "What was left to do failed" in caplog.text)
 
 
 def test_a_source_that_fails_ends_the_streams_and_is_logged(
@@ -424,6 +424,23 @@ def test_a_forked_child_has_nothing_of_it_and_starts_anew(crowd: Crowd) -> None:
         open_still = os.path.exists(f"/proc/self/fd/{descriptor}")
         os._exit(open_still or bool(crowd.hub._subscribers) or crowd.hub._is_running)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    crowd.broker.publish("x")
+    assert read_until(client, b"x\n\n")
+
+
+def test_a_subscriber_that_cannot_be_served_stays_its_callers(
+    crowd: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flask_eventstream.concurrency.spawn", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            crowd.join()
+    assert not crowd.hub._arrived
+    assert not crowd.hub._subscribers
+    client = crowd.join()
     crowd.broker.publish("x")
     assert read_until(client, b"x\n\n")
 
@@ -576,9 +593,7 @@ def test_an_event_of_one_that_went_in_this_turn_is_ignored(still: Still) -> None
     descriptor = still.take_in(0).descriptor
     still.end()
     still.hub._on_event(descriptor, IS_GONE)
-    assert still.closed == 0
-    still.hub._say_farewell()
-    assert still.closed == 1
+    wait_for(lambda: still.closed == 1)
 
 
 def test_an_event_goes_to_many_groups_in_the_same_frame(still: Still) -> None:
