@@ -307,11 +307,28 @@ class _Session:
 
     def _paces(self) -> Figures:
         interval, seconds = self._load.interval, self._load.interval * self._load.events
-        figures = self._steady("steady", interval, self._load.events)
+        figures = self._pace("steady", interval, self._load.events)
         if self._subscribers > CALM_FROM:
             interval *= self._subscribers / CALM_FROM
-            figures |= self._steady("calm", interval, max(CALM_EVENTS, round(seconds / interval)))
+            figures |= self._pace("calm", interval, max(CALM_EVENTS, round(seconds / interval)))
         return figures
+
+    def _pace(self, name: str, interval: float, events: int) -> Figures:
+        figures = self._steady(name, interval, events)
+        if self._server.is_ours:
+            figures |= self._inside(f"{name}_inside", interval, events)
+        return figures
+
+    def _inside(self, name: str, interval: float, events: int) -> Figures:
+        """The same, published by a view that goes on and on, without a request for each event."""
+        self._crowd.record()
+        before = self._found.cpu()
+        # The view puts the number and the time in front.
+        body = stamped(self._load.size, 10).partition("@")[2].partition("@")[2]
+        with closing(Publisher(self._found.port)) as publisher:
+            publisher.post(f"/publish-every?n={events}&interval={interval}", body)
+        self._crowd.wait(events, DRAIN_SECONDS)
+        return self._deliveries(name, before, events)
 
     def _steady(self, name: str, interval: float, events: int) -> Figures:
         self._crowd.record()
@@ -382,7 +399,7 @@ class _Session:
         return {f"{name}.{key}": figure for key, figure in figures.items()}
 
     def _timed_publish(self, name: str) -> Figures:
-        """Let a view time its call of publish(), when the event before is out."""
+        """Let a view time its calls of publish(), when the event before is out."""
         calls: list[list[int]] = []
         # As far apart if nobody listens, or a cold cache would be taken for the subscribers' price.
         pause = TIMED_PAUSE + TIMED_PAUSE_FOR_EACH * self._subscribers
@@ -394,9 +411,11 @@ class _Session:
                     json.loads(publisher.post("/time-publish", stamped(self._load.size, 0)))
                 )
         settle(self._found)
-        walls, cpus = zip(*calls, strict=True)
-        figures = _percentiles([ns / 1e3 for ns in walls], "wall_us")
-        figures |= _percentiles([ns / 1e3 for ns in cpus], "cpu_us")
+        figures = {}
+        for unit, values in zip(
+            ("cold_us", "wall_us", "cpu_us"), zip(*calls, strict=True), strict=True
+        ):
+            figures |= _percentiles([ns / 1e3 for ns in values], unit)
         return {f"{name}.{key}": figure for key, figure in figures.items()}
 
     def _busy(self) -> Figures:
