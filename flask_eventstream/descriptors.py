@@ -32,6 +32,9 @@ _HAS_ROOM = 0x004  # EPOLLOUT
 _EDGE_TRIGGERED = 1 << 31  # EPOLLET
 _EPOLL_CTL_DEL = 2
 _MAX_PART_BYTES = 64 * 1024
+# What a client can have sent fills the socket's receive buffer at most: 128 KiB on Linux while
+# nobody reads. One that goes on sending must not keep the hub busy.
+_MAX_IGNORED_PARTS = 16
 _MOST_MILLISECONDS = 2**31 - 1
 _NOT_SENT_BYTES = struct.pack("i", 128 * 1024)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -47,7 +50,7 @@ if IS_AVAILABLE:  # pragma: no branch  # elsewhere nobody asks for them
     # The same, with the reason of a failure, which costs a little too.
     _try_send = ctypes.PyDLL(None, use_errno=True)["send"]
     _try_send.restype = ctypes.c_ssize_t
-    _ignored_input = ctypes.create_string_buffer(64 * 1024)
+    _ignored_input = ctypes.create_string_buffer(_MAX_PART_BYTES)
 
 
 def size_of(wire: bytes) -> Any:
@@ -86,12 +89,20 @@ def shut_down(descriptor: int) -> None:
     # Not left to close(): a forked child may still have the socket open.
     _libc.shutdown(descriptor, socket.SHUT_WR)
     # To close a socket with unread input resets it, and the client may lose the last bytes.
-    _libc.recv(descriptor, _ignored_input, ctypes.c_size_t(len(_ignored_input)), FLAGS)
+    for _ in range(_MAX_IGNORED_PARTS):
+        if _libc.recv(descriptor, _ignored_input, ctypes.c_size_t(_MAX_PART_BYTES), FLAGS) <= 0:
+            return
 
 
 def reset_on_close(descriptor: int) -> None:
     """Have the kernel drop what it still holds for a client when the socket is closed."""
     _libc.setsockopt(descriptor, socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE, 8)
+
+
+def close(descriptor: int) -> None:
+    """Close a socket, or whatever else, now."""
+    # Not os.close: gevent's waits for its loop, which a forked child may never run.
+    _libc.close(descriptor)
 
 
 class Watcher:
@@ -107,6 +118,7 @@ class Watcher:
         self._is_rung = False
         self._bell = -1
         self._epoll: Any = None
+        self._removed: list[int] = []
 
     def open(self) -> None:
         """Start to watch, for the thread or the greenlet that calls :meth:`wait` later."""
@@ -121,11 +133,20 @@ class Watcher:
         """Watch a socket."""
         self._epoll.register(descriptor, _HAS_ROOM | SAYS_NO_MORE | _EDGE_TRIGGERED)
 
-    def close_socket(self, descriptor: int) -> None:
-        """Close a socket that is watched."""
+    def remove(self, descriptor: int) -> None:
+        """Watch a socket no more; :meth:`close_removed` closes it."""
         # Not left to close(): a forked child that still has the socket open would keep it watched.
         _libc.epoll_ctl(self._epoll.fileno(), _EPOLL_CTL_DEL, descriptor, None)
-        _libc.close(descriptor)
+        self._removed.append(descriptor)
+
+    def close_removed(self) -> None:
+        """Close what was removed, once the events of the last wait have been looked at.
+
+        Not earlier, or one of them would be taken for an event of the next connection, which gets
+        the same descriptor.
+        """
+        while self._removed:
+            close(self._removed.pop())
 
     def ring(self) -> None:
         """End the current or the next wait; from any thread."""
@@ -149,6 +170,7 @@ class Watcher:
             concurrency.switch()
 
     def __del__(self) -> None:
+        self.close_removed()
         if self.is_open:
             self._epoll.close()
-            os.close(self._bell)
+            close(self._bell)

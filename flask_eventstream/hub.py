@@ -13,7 +13,6 @@ read once, framed once, and sent to each. The rules:
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
 from typing import TYPE_CHECKING
@@ -131,10 +130,11 @@ class SocketHub:
         while not self._is_over():
             try:
                 self._turn()
-            except Exception:  # noqa: PERF203  # only once for each turn
+            except Exception:
                 # Its subscribers must not stay connected to a hub that sends nothing.
                 _logger.exception("The socket hub failed; its streams end, and clients reconnect")
                 self._finish_all()
+            self._watcher.close_removed()
 
     def _is_over(self) -> bool:
         with self._mutex:
@@ -320,11 +320,11 @@ class SocketHub:
         group.size -= 1
         if not group.size and not group.is_over:
             del self._groups[group.source]
-        self._watcher.close_socket(descriptor)
+        self._watcher.remove(descriptor)
         # What an owner does then is not the hub's business, and must not hold it up.
         self._errands.add(subscriber.owner.close)
 
     def _after_fork(self) -> None:
         for subscriber in (*self._subscribers.values(), *self._arrived):
-            os.close(subscriber.descriptor)
+            descriptors.close(subscriber.descriptor)
         self._reset()

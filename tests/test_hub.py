@@ -532,6 +532,7 @@ class Still:
 
     def end(self) -> None:
         self.hub._finish_all()
+        self.hub._watcher.close_removed()
         for client in self.clients:
             client.close()
 
@@ -568,6 +569,17 @@ def test_one_that_is_found_gone_while_sending_is_forgotten(still: Still) -> None
     still.hub._send_news(gone.group)
     assert list(still.hub._subscribers.values()) == [other]
     assert gone.group.size == 1
+
+
+def test_a_descriptor_is_not_free_before_the_events_of_its_turn_were_looked_at(
+    still: Still,
+) -> None:
+    # The next connection would get it, and with it an event that was not meant for it.
+    gone = still.take_in(0)
+    still.hub._forget(gone)
+    assert os.path.exists(f"/proc/self/fd/{gone.descriptor}")
+    still.hub._watcher.close_removed()
+    assert not os.path.exists(f"/proc/self/fd/{gone.descriptor}")
 
 
 def test_the_last_of_a_group_takes_it_with_him(still: Still) -> None:
