@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+import subprocess
 import sys
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, current_app, request
 
 import flask_eventstream
-from flask_eventstream import EventStream, EventStreamResponse, ServerSentEvent, interval, merge
+from flask_eventstream import (
+    EventStream,
+    EventStreamResponse,
+    ServerSentEvent,
+    concurrency,
+    interval,
+    merge,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,6 +113,87 @@ def raw() -> Any:
     return current_app.response_class(wire, mimetype="text/event-stream")
 
 
+class Flood:
+    """Events without end from a thread or greenlet of the server's: number, nanoseconds, filling.
+
+    :ivar published: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.published = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread()
+
+    def start(self, app: Flask, size: int, batch: int, pause: float) -> None:
+        self._is_over.clear()
+        self._thread = threading.Thread(target=self._run, args=(app, size, batch, pause))
+        self._thread.daemon = True
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self, app: Flask, size: int, batch: int, pause: float) -> None:
+        with app.app_context():
+            while not self._is_over.is_set():
+                self.publish(batch, size)
+                time.sleep(pause)
+
+    def publish(self, batch: int, size: int) -> None:
+        for _ in range(batch):
+            eventstream.publish(f"{self.published} {time.time_ns()} {'x' * size}")
+            self.published += 1
+
+
+FLOOD = Flood()
+
+
+def flood() -> dict[str, int]:
+    """Start a flood, ``batch`` events of a ``size`` after each ``pause``, or one batch at once."""
+    size, batch = (int(request.args.get(key, 1)) for key in ("size", "batch"))
+    pause = request.args.get("pause")
+    if pause is None:
+        FLOOD.publish(batch, size)
+    else:
+        FLOOD.start(eventstream_app(), size, batch, float(pause))
+    return {"published": FLOOD.published}
+
+
+def end_flood() -> dict[str, int]:
+    FLOOD.stop()
+    return {"published": FLOOD.published}
+
+
+def eventstream_app() -> Flask:
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+    return app
+
+
+def compute() -> str:
+    """Keep a thread busy with pure Python, for so many ``seconds``."""
+    deadline, rounds = time.monotonic() + float(request.args["seconds"]), 0
+    while time.monotonic() < deadline:
+        rounds += sum(range(1000)) > 0
+    return str(rounds)
+
+
+def child() -> dict[str, Any]:
+    """Leave a child behind that only sleeps, forked or executed; tell its process id."""
+    if "forked" not in request.args:
+        return {"child": subprocess.Popen(["sleep", "60"]).pid}
+    # Not gevent's sleep: that one would run the greenlets that the child has copies of.
+    sleep, seconds = concurrency.original("time", "sleep"), float(request.args["forked"])
+    forked = multiprocessing.get_context("fork").Process(target=sleep, args=(seconds,), daemon=True)
+    forked.start()
+    return {"child": forked.pid}
+
+
+def who() -> EventStreamResponse:
+    """Stream the default channel, with the worker's process id first."""
+    return eventstream.subscribe(snapshot=lambda: str(os.getpid()))
+
+
 def create_app(config: dict[str, Any] | None = None) -> Flask:
     app = Flask(__name__)
     app.config.update(config or {})
@@ -115,4 +207,9 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.add_url_rule("/v1/chat/completions", "chat", chat, methods=["POST"])
     app.add_url_rule("/ids", "ids", lambda: EventStreamResponse(with_ids()))
     app.add_url_rule("/raw", view_func=raw)
+    app.add_url_rule("/flood", view_func=flood, methods=["POST"])
+    app.add_url_rule("/flood/end", view_func=end_flood, methods=["POST"])
+    app.add_url_rule("/compute", view_func=compute)
+    app.add_url_rule("/child", view_func=child, methods=["POST"])
+    app.add_url_rule("/who", view_func=who)
     return app
