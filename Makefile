@@ -32,6 +32,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/parse.py
 	$(BIN)/python benchmarks/generator.py
+	$(BIN)/python benchmarks/send.py
 	$(BIN)/python benchmarks/fanout.py
 
 clean:
