@@ -207,9 +207,10 @@ def close(client: socket.socket, rudely: bool) -> None:
 
 
 def workers(server: Server) -> list[int]:
-    """Return the process ids of gunicorn's workers."""
+    """Return the process ids of gunicorn's workers; it listens before it has any."""
     master = server.process.pid
-    return [int(pid) for pid in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
+    children = Path(f"/proc/{master}/task/{master}/children")
+    return [int(pid) for pid in wait_for(lambda: children.read_text().split())]
 
 
 def cpu_seconds(pid: int) -> float:
