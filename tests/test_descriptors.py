@@ -119,6 +119,17 @@ def test_shutting_down_ends_the_stream_although_the_client_sends_what_nobody_rea
     assert client.recv(100) == b""
 
 
+def test_one_that_goes_on_sending_is_not_read_without_end(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, client = pair
+    client.sendall(b"garbage" * 14_000)
+    wait_for(lambda: len(server.recv(200_000, socket.MSG_PEEK)) == 98_000)
+    monkeypatch.setattr(descriptors, "_MAX_IGNORED_PARTS", 1)
+    descriptors.shut_down(server.fileno())
+    assert len(server.recv(200_000)) == 98_000 - 65_536
+
+
 def test_a_reset_drops_what_the_client_did_not_read(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
