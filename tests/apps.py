@@ -77,6 +77,12 @@ def state() -> dict[str, Any]:
     }
 
 
+def blocks() -> dict[str, int]:
+    """Tell how many pieces of memory all objects have."""
+    gc.collect()
+    return {"blocks": sys.getallocatedblocks()}
+
+
 def started() -> str:
     """Tell how often a view was started."""
     return str(current_app.config.get("STARTED", 0))
@@ -203,6 +209,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
         "/disconnect", "disconnect", lambda: [eventstream.disconnect("sse")], methods=["POST"]
     )
     app.add_url_rule("/state", view_func=state)
+    app.add_url_rule("/blocks", view_func=blocks)
     app.add_url_rule("/started", view_func=started)
     app.add_url_rule("/v1/chat/completions", "chat", chat, methods=["POST"])
     app.add_url_rule("/ids", "ids", lambda: EventStreamResponse(with_ids()))
