@@ -562,6 +562,13 @@ def test_a_group_that_is_behind_its_newcomer_catches_up_first(still: Still) -> N
     assert still.clients[0].recv(100) == b"1\r\nx\r\n"
 
 
+def test_news_that_only_others_read_is_left_to_them(still: Still) -> None:
+    # Those whose sockets could not be had are subscribed to the same broker.
+    still.hub.ring()
+    still.hub._turn()
+    assert still.source.asked == []
+
+
 def test_one_that_is_found_gone_while_sending_is_forgotten(still: Still) -> None:
     gone, other = still.take_in(0), still.take_in(0)
     still.clients[0].close()
