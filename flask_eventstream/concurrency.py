@@ -66,13 +66,20 @@ class Waker:
         self._bell: Event | None = None
 
     def start(self) -> None:
-        """Start the thread or greenlet, unless it runs already, with a first round of work."""
+        """Start the thread or greenlet, unless it runs already, with a first round of work.
+
+        :raises RuntimeError: if no thread can be started; the next call tries again.
+        """
         with self._mutex:
             if self._bell is not None:
                 return
             self._bell = bell = new_event()
         bell.set()
-        spawn(self._run, bell)
+        try:
+            spawn(self._run, bell)
+        except RuntimeError:
+            self._bell = None
+            raise
 
     def ring(self) -> None:
         """Ask for a round of work; without effect unless started."""
@@ -106,7 +113,12 @@ class Errands:
     def add(self, errand: Callable[[], object]) -> None:
         """Have a function called soon. If it fails, that is logged."""
         self._left.append(errand)
-        self._waker.start()
+        try:
+            self._waker.start()
+        except RuntimeError:
+            # For want of threads, or since the interpreter ends (3.12 starts none then): better
+            # here than never.
+            self._run_all()
         self._waker.ring()
 
     def _run_all(self) -> bool:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import gevent
 import gevent.event
@@ -113,6 +114,21 @@ def test_the_mutex_is_the_operating_systems_own(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(concurrency.new_mutex(), type(threading.Lock()))
     monkeypatch.delitem(sys.modules, "gevent.monkey")
     assert isinstance(concurrency.new_mutex(), type(threading.Lock()))
+
+
+def test_errands_are_done_by_the_caller_while_no_thread_is_to_be_had() -> None:
+    errands, done_by = concurrency.Errands(), list[threading.Thread]()
+
+    def errand() -> None:
+        done_by.append(threading.current_thread())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("no thread")))
+        errands.add(errand)
+    assert done_by == [threading.current_thread()]
+    errands.add(errand)
+    wait_for(lambda: len(done_by) == 2)
+    assert done_by[1] is not threading.current_thread()
 
 
 def test_who_rings_while_the_waker_works_gets_another_round() -> None:
