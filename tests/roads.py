@@ -59,15 +59,9 @@ class Client:
         self._socket = connection
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
 
-    def ask(
-        self,
-        target: str,
-        method: str = "GET",
-        body: bytes = b"",
-        version: str = "1.1",
-        headers: Mapping[str, str] = NO_HEADERS,
-    ) -> None:
-        self.send(self.request(target, method, body, version, headers))
+    def ask(self, target: str, *arguments: Any, **options: Any) -> None:
+        """Send a request; see :meth:`request`."""
+        self.send(self.request(target, *arguments, **options))
 
     def send(self, wire: bytes) -> None:
         self._socket.sendall(wire)
