@@ -192,6 +192,7 @@ class Subscription:
         deadline = time.monotonic() + timeout
         if self._ready is None:
             self._ready = concurrency.new_event()
+        self.channel_set.owner.settle()
         waiting = self.channel_set.waiting
         waiting.add(self._ready)
         try:

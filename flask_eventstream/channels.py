@@ -52,6 +52,9 @@ class Owner(Protocol):
     def mint(self, position: int) -> str:
         """Return the cursor that stands for a position."""
 
+    def settle(self) -> None:
+        """Wait until what this process has published is in the books."""
+
     def wait(self, ready: concurrency.Event, timeout: float) -> None:
         """Wait for an event that is set when there may be news (seconds)."""
 
@@ -63,6 +66,7 @@ class ChannelSet:
     position has every event of the channels up to it.
 
     :param owner: the broker.
+    :param books: where the set is entered.
     :param channels: the channels.
     :ivar names: their names.
     :ivar size: how many subscriptions it has.
@@ -70,10 +74,11 @@ class ChannelSet:
     :ivar waiting: the events of those who wait for news on a thread or greenlet of their own.
     """
 
-    __slots__ = ("channels", "end", "names", "owner", "size", "waiting")
+    __slots__ = ("books", "channels", "end", "names", "owner", "size", "waiting")
 
-    def __init__(self, owner: Owner, channels: Sequence[Channel]) -> None:
+    def __init__(self, owner: Owner, books: Channels, channels: Sequence[Channel]) -> None:
         self.owner = owner
+        self.books = books
         self.channels = channels
         self.names = tuple([channel.name for channel in channels])
         self.size = 0
@@ -113,9 +118,12 @@ class Channels:
     :param new_history: makes the history of a channel, given the highest number in the sequence
         that may have been dropped from it before.
     :param seconds: how long a channel is kept that nobody touches, in seconds.
+    :ivar position: the place in the sequence up to which the books are complete.
+    :ivar subscriptions: how many there are.
     """
 
     def __init__(self, new_history: Callable[[int], History], seconds: float) -> None:
+        self.position = 0
         self.subscriptions = 0
         self._new_history = new_history
         self._seconds = seconds
@@ -128,19 +136,31 @@ class Channels:
     def __iter__(self) -> Iterator[str]:
         return iter(self._channels)
 
-    def get(self, name: str) -> Channel | None:
-        """Return a channel that is in use, or ``None``."""
-        return self._channels.get(name)
+    def count(self, name: str) -> int:
+        """Return how many subscriptions a channel has."""
+        channel = self._channels.get(name)
+        return sum(one.size for one in channel.sets) if channel else 0
 
     def touch(self, name: str, now: float) -> Channel:
         """Return a channel, new or in use, which is used at the time ``now`` (seconds)."""
         channel = self._channels.get(name)
         if channel is None:
-            channel = Channel(name, self._new_history(self._forgotten), now)
-            self._channels[name] = channel
+            return self.open(name, now, self._forgotten)
         channel.touched = now
         self._channels.move_to_end(name)
         return channel
+
+    def open(self, name: str, now: float, dropped: int) -> Channel:
+        """Begin a channel, of which what came up to the position ``dropped`` is gone."""
+        channel = self._channels[name] = Channel(name, self._new_history(dropped), now)
+        return channel
+
+    def discard(self, name: str, last: Entry | None = None) -> None:
+        """Take a channel off the books. Who reads it gets one last event, and ends with it."""
+        channel = self._channels.pop(name, None)
+        if channel is not None and last is not None and channel.sets:
+            channel.history.append(last, keep_tail=True)
+            self.end(channel.sets, last.seq)
 
     def append(self, names: Sequence[str], entry: Entry) -> bool:
         """Add an event to some channels; tell whether anybody reads them."""
@@ -159,7 +179,7 @@ class Channels:
         names = tuple([channel.name for channel in channels])
         channel_set = self._sets.get(names)
         if channel_set is None:
-            self._sets[names] = channel_set = ChannelSet(owner, channels)
+            self._sets[names] = channel_set = ChannelSet(owner, self, channels)
             for channel in channels:
                 channel.sets.add(channel_set)
         channel_set.size += 1
@@ -168,8 +188,7 @@ class Channels:
 
     def leave(self, channel_set: ChannelSet, now: float) -> None:
         """Take a subscription off a set, at the time ``now`` (seconds)."""
-        first = channel_set.channels[0]
-        if self._channels.get(first.name) is not first:
+        if channel_set.books is not self:
             # A forked child's garbage collector drops what its parent has open.
             return
         self.subscriptions -= 1
@@ -196,6 +215,11 @@ class Channels:
                 self._stir(channel)
         return ended
 
+    def end_channel(self, name: str, position: int) -> int:
+        """End the sets of a channel at a position; return how many subscriptions they have."""
+        channel = self._channels.get(name)
+        return self.end(channel.sets, position) if channel else 0
+
     def end_all(self, position: int) -> None:
         """End every set at a position."""
         self.end(list(self._sets.values()), position)
@@ -213,9 +237,9 @@ class Channels:
             self._forget_if_idle(channel)
 
     def _forget_if_idle(self, channel: Channel) -> None:
-        if not channel.history and not channel.sets:
+        if not channel.history and not channel.sets and self._channels.get(channel.name) is channel:
             self._forgotten = max(self._forgotten, channel.history.dropped)
-            self._channels.pop(channel.name, None)
+            del self._channels[channel.name]
             for watch in self._watches:
                 watch.stirred.discard(channel)
 

@@ -1,0 +1,215 @@
+"""What brokers have in common in their process: the books, and who reads them.
+
+How an event gets into the books, and what its number and its id are, is each broker's own.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING
+
+from . import concurrency
+from .broker import DEFAULT_CHANNEL, Broker, Subscription, channel_names, encode_reset
+from .channels import Channels, ChannelSet, read
+from .errors import BrokerClosedError
+from .event import MAX_EVENT_BYTES
+from .history import Entry, History, in_order, joined
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+MINTED_HINT = "has the form of this broker's own ids; choose another, or leave it out"
+_TAIL_EVENTS = 4
+
+
+class LocalBroker(Broker):
+    """A broker whose subscribers read from books that are kept in their process.
+
+    :param history: how many events of a channel are kept for clients that return; 256 by default.
+    :param history_seconds: and for how long, in seconds; 300 by default.
+    :param max_event_bytes: the largest event accepted, in bytes on the wire; 1 MiB by default.
+    :param max_lag: for how many seconds events beyond ``history`` are kept for subscribers that are
+        connected; 30 by default.
+    :param clock: a clock in seconds that never goes back; :func:`time.monotonic` by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        history: int = 256,
+        history_seconds: float = 300,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        max_lag: float = 30,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(max_event_bytes=max_event_bytes)
+        tail_bytes = _TAIL_EVENTS * max_event_bytes
+        new_history = partial(History, history, history_seconds, tail_bytes, max_lag)
+        self._new_channels = partial(Channels, new_history, history_seconds)
+        self._clock = clock
+        self._is_closed = False
+        self._rings: list[Callable[[], None]] = []
+        self._start()
+        self._waiting = self.watch(self._ring_waker)
+        concurrency.call_after_fork(self._start)
+
+    def _start(self) -> None:
+        # Once more in every forked child, which has none of its parent's subscribers, and whose
+        # copy of the mutex may be held by a thread that it does not have.
+        self._mutex = concurrency.new_mutex()
+        self._channels = self._new_channels()
+        self._watches = [self._channels.watch(ring) for ring in self._rings]
+        self._leaving: deque[ChannelSet] = deque()
+        self._waker = concurrency.Waker(self._wake_waiting)
+
+    def subscribe(
+        self, *channels: str, last_event_id: str | None = None, history: int = 0
+    ) -> Subscription:
+        """Start to receive; see :meth:`Broker.subscribe`."""
+        names = channel_names(channels or DEFAULT_CHANNEL)
+        with self._mutex:
+            self._check_open()
+            now = self._clock()
+            self._remove_leaving()
+            self._channels.sweep(now)
+            read = [self._channels.touch(name, now) for name in names]
+            kept = [channel.history for channel in read]
+            start, resumed = self._replay(kept, last_event_id, history, now)
+            channel_set = self._channels.join(self, read)
+            subscription = Subscription(channel_set, self._channels.position, start, resumed)
+        # Should the waker be about to end, for want of subscribers, this keeps it.
+        self._waker.ring()
+        return subscription
+
+    def _replay(
+        self, kept: list[History], cursor: str | None, history: int, now: float
+    ) -> tuple[bytes, bool]:
+        last = self._channels.position
+        if not cursor:
+            newest = _up_to(last, (one.replayable(now) for one in kept))
+            return joined(newest[-history:] if history > 0 else []), False
+        seq = self._seq_of(cursor, kept)
+        if seq is not None and max(one.complete_since(now) for one in kept) <= seq <= last:
+            return joined(_up_to(last, (one.after(seq) for one in kept))), True
+        left = _up_to(last, (one.replayable(now) for one in kept))
+        earliest = (left[0].id or self.mint(left[0].seq)) if left else None
+        position = left[0].seq - 1 if left else last
+        return encode_reset(cursor, earliest, self.mint(position)) + joined(left), False
+
+    def _seq_of(self, cursor: str, kept: list[History]) -> int | None:
+        minted = self._seq_of_minted(cursor)
+        if minted is not None:
+            return minted
+        found = {seq for history in kept for seq in history.positions(cursor)}
+        # An id that was given to two events does not tell which of them the client saw last.
+        return found.pop() if len(found) == 1 else None
+
+    @abstractmethod
+    def _seq_of_minted(self, id: str) -> int | None:
+        """Return the position that :meth:`mint` gave an id to; ``None`` if it gave it to none."""
+
+    @abstractmethod
+    def mint(self, position: int) -> str:
+        """Return the cursor that stands for a position."""
+
+    @property
+    def subscriptions(self) -> int:
+        """How many subscriptions this process has."""
+        with self._mutex:
+            self._remove_leaving()
+            return self._channels.subscriptions
+
+    def _local_count(self, channel: str) -> int:
+        with self._mutex:
+            self._remove_leaving()
+            return self._channels.count(channel)
+
+    def close(self) -> None:
+        """End every subscription; see :meth:`Broker.close`."""
+        with self._mutex:
+            self._is_closed = True
+            self._channels.end_all(self._channels.position)
+        self._channels.ring()
+
+    def watch(self, ring: Callable[[], None]) -> Callable[[], set[ChannelSet]]:
+        """Have a function called after every change; see :meth:`Broker.watch`."""
+        number = len(self._rings)
+        self._rings.append(ring)
+        self._watches.append(self._channels.watch(ring))
+        return partial(self._news, number)
+
+    def _news(self, number: int) -> set[ChannelSet]:
+        with self._mutex:
+            self._remove_leaving()
+            self._channels.sweep(self._clock())
+            return self._channels.news(self._watches[number])
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise BrokerClosedError
+
+    def leave(self, channel_set: ChannelSet) -> None:
+        """Take a subscription off the books, at once or with the next call."""
+        # Not simply under the mutex: the garbage collector may close a stream at any point, also
+        # while this very thread holds the mutex. Then the next one who gets it removes it.
+        self._leaving.append(channel_set)
+        if self._mutex.acquire(blocking=False):
+            try:
+                self._remove_leaving()
+            finally:
+                self._mutex.release()
+
+    def _remove_leaving(self) -> None:
+        while self._leaving:
+            self._channels.leave(self._leaving.popleft(), self._clock())
+            if not self._channels.subscriptions:
+                self._waker.ring()
+
+    def read(
+        self, channel_set: ChannelSet, after: int, until: int | None, max_bytes: int | None
+    ) -> tuple[bytes, int] | None:
+        """Return events of a channel set; see :meth:`ChannelSet.read`."""
+        with self._mutex:
+            last = self._channels.position if until is None else until
+            found = read(channel_set, after, last, max_bytes)
+            if not (found and found[0]):
+                self._channels.sweep(self._clock())
+        return found and (joined(found[0]), found[1])
+
+    def settle(self) -> None:
+        """Wait until what this process has published is in the books: it is, by default."""
+
+    def wait(self, ready: concurrency.Event, timeout: float) -> None:
+        """Wait for an event that is set when there may be news (seconds)."""
+        self._waker.start()
+        ready.wait(timeout)
+
+    def _ring_waker(self) -> None:
+        self._waker.ring()
+
+    def _wake_waiting(self) -> bool:
+        # One thread or greenlet for all who wait on one of their own, as long as somebody is
+        # subscribed. It walks through them, so that publish() does not have to.
+        for channel_set in self._waiting():
+            for ready in tuple(channel_set.waiting):
+                ready.set()
+        return bool(self._channels.subscriptions)
+
+
+def _up_to(last: int, histories: Iterable[list[Entry]]) -> list[Entry]:
+    # What the books have beyond their position is sent as news, once they are complete up to it.
+    found = in_order(histories)
+    if found and found[-1].seq > last:
+        found = [entry for entry in found if entry.seq <= last]
+    return found
+
+
+def seq_of_minted(id: str, epoch: str) -> int | None:
+    """Return the number in an id of an epoch; ``None`` if it does not have that form."""
+    prefix, _, seq = id.partition("-")
+    if prefix != epoch or not (seq.isascii() and seq.isdigit() and len(seq) < 20):
+        return None
+    return int(seq)
