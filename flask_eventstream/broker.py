@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from .channels import ChannelSet
 
+    Encoded = tuple[str | None, bytes, bytes]
+    """An event's own id, and its wire up to where the broker's would be, and behind."""
+
 DEFAULT_CHANNEL = "sse"
 """The channel of those who name none (Flask-SSE's default, so that its users feel at home)."""
 
@@ -74,6 +77,24 @@ class Broker(ABC):
         :raises TooLargeError: if the event is larger than ``max_event_bytes``.
         :raises BrokerClosedError: after :meth:`close`.
         """
+        event = self._encode(data, type, id, retry)
+        return self._append(channel_names(channel), *event)
+
+    def publish_many(
+        self, events: Iterable[Any], channel: str | Iterable[str] = DEFAULT_CHANNEL
+    ) -> list[str]:
+        """Send some events, one after another, at less cost than one by one.
+
+        :param events: of each, what :meth:`publish` takes as ``data``. All are looked at before the
+            first one is sent.
+        :param channel: a name or several; all events go to all of them.
+        :returns: the events' ids.
+        :raises EventStreamError: as :meth:`publish`.
+        """
+        names = channel_names(channel)
+        return self._append_many(names, [self._encode(event) for event in events])
+
+    def _encode(self, data: Any, type: Any = None, id: Any = None, retry: Any = None) -> Encoded:
         if not isinstance(data, ServerSentEvent):
             data = ServerSentEvent(data, type, id, retry)
         elif not (type is id is retry is None):
@@ -81,9 +102,11 @@ class Broker(ABC):
         if data.id == "":
             hint = "is empty and would make clients forget their cursor; leave it out"
             raise InvalidFieldError("id", "", hint)
-        names = channel_names(channel)
-        before_id, after_id = data.encode_around_id(self.max_event_bytes)
-        return self._append(names, data.id, before_id, after_id)
+        return (data.id, *data.encode_around_id(self.max_event_bytes))
+
+    def _append_many(self, names: Sequence[str], events: Sequence[Encoded]) -> list[str]:
+        """Number some encoded events, as :meth:`_append` does for each."""
+        return [self._append(names, *event) for event in events]
 
     @abstractmethod
     def _append(

@@ -141,6 +141,10 @@ class Channels:
         channel = self._channels.get(name)
         return sum(one.size for one in channel.sets) if channel else 0
 
+    def histories(self, names: Iterable[str]) -> list[History]:
+        """Return what is kept of those of some channels that are in use."""
+        return [self._channels[name].history for name in names if name in self._channels]
+
     def touch(self, name: str, now: float) -> Channel:
         """Return a channel, new or in use, which is used at the time ``now`` (seconds)."""
         channel = self._channels.get(name)
@@ -284,7 +288,7 @@ def read(
     found = kept[0] if len(kept) == 1 else in_order(kept)
     if found and found[-1].seq > last:
         found = [entry for entry in found if entry.seq <= last]
-    if not found and channel_set.end is not None and after >= channel_set.end:
+    if not found and channel_set.end is not None and max(after, last) >= channel_set.end:
         return None
     if max_bytes is None or len(found) < 2:
         return found, max(after, last)

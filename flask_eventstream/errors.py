@@ -68,6 +68,24 @@ class BrokerClosedError(EventStreamError, RuntimeError):
         super().__init__("the broker is closed; create a new one")
 
 
+class BrokerUnavailableError(EventStreamError, ConnectionError):
+    """The broker's server did not answer in time, or refused.
+
+    What was to be published counts as not published. If it was all the same, because only the
+    answer was lost, then the same call again, made next by the same thread or greenlet, finds it
+    and does not publish it twice.
+
+    :param address: where the server is.
+    :param reason: what happened, as a sentence without its full stop.
+    :ivar published: the ids of those events of a batch that were published before.
+    """
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(f"{address}: {reason}. Is it running, and is its URL right? Try again")
+        self.value = address
+        self.published: list[str] = []
+
+
 def _shown(value: object) -> str:
     # A refused value may be a megabyte long; an error message must not be.
     text = repr(value)

@@ -164,9 +164,14 @@ class LocalBroker(Broker):
 
     def _remove_leaving(self) -> None:
         while self._leaving:
-            self._channels.leave(self._leaving.popleft(), self._clock())
+            channel_set = self._leaving.popleft()
+            self._channels.leave(channel_set, self._clock())
+            self._note_leaving(channel_set)
             if not self._channels.subscriptions:
                 self._waker.ring()
+
+    def _note_leaving(self, channel_set: ChannelSet) -> None:
+        """Take note that a subscription is off the books; under the mutex."""
 
     def read(
         self, channel_set: ChannelSet, after: int, until: int | None, max_bytes: int | None

@@ -8,14 +8,23 @@ from flask import Flask
 
 from flask_eventstream import EventStream
 
+from .redis_server import RedisServer, redis_server
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from flask.testing import FlaskClient
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the servers of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis for tests that do it no harm; each has prefixes of its own."""
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -17,17 +17,25 @@ from flask_eventstream import (
 )
 from flask_eventstream.broker import channel_names
 from flask_eventstream.errors import BrokerClosedError, InvalidFieldError, TooLargeError
+from flask_eventstream.redis_broker import RedisBroker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from .redis_server import RedisServer
 
-@pytest.fixture(params=[MemoryBroker])
+
+@pytest.fixture(params=["memory", "redis"])
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Broker]]:
     made: list[Broker] = []
+    is_redis = request.param == "redis"
+    server: RedisServer | None = request.getfixturevalue("redis") if is_redis else None
 
     def make_broker(**options: Any) -> Broker:
-        made.append(request.param(**options))
+        if server is None:
+            made.append(MemoryBroker(**options))
+        else:
+            made.append(RedisBroker(server.url, key_prefix=server.prefix(), **options))
         return made[-1]
 
     yield make_broker

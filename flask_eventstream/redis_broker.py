@@ -1,0 +1,310 @@
+"""The broker of many processes and machines, which meet in a Redis server."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from . import concurrency
+from .broker import DEFAULT_CHANNEL, Subscription, channel_names
+from .errors import BrokerUnavailableError, InvalidFieldError
+from .event import MAX_EVENT_BYTES
+from .local_broker import MINTED_HINT, LocalBroker
+from .redis_feeds import Feeds
+from .redis_link import MintedIdError, RedisLink
+from .redis_presence import Presence
+from .redis_reader import RedisReader
+from .redis_scripts import PUBLISH, Keys, Script
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from .broker import Encoded
+    from .channels import ChannelSet
+
+KEY_PREFIX = "eventstream:"
+"""What the names of all keys in Redis begin with, unless told otherwise."""
+
+MARGIN_SECONDS = 60
+"""How much longer Redis keeps events than clients are promised: a process that is cut off from it
+for no longer than that misses nothing that it still has to send."""
+
+LEAST_KEPT = 256
+"""How many events of a channel Redis keeps at least, so that a short loss of the connection is made
+good even without any history for clients."""
+
+_EVENTS_AT_ONCE = 100
+_SETTLE_SECONDS = 1.0
+_publish = Script(PUBLISH)
+
+
+class RedisBroker(LocalBroker):
+    """A broker for many processes and machines, which meet in a Redis server.
+
+    It works with or without an app: a script or a Celery task publishes with one of its own.
+
+    :param url: ``redis://``, ``rediss://`` or ``unix://``, with user, password and database, as
+        redis-py reads it.
+    :param key_prefix: what the names of all keys begin with; ``"eventstream:"`` by default.
+    :param history: how many events of a channel are kept for clients that return; 256 by default.
+    :param history_seconds: and for how long, in seconds; 300 by default.
+    :param max_event_bytes: the largest event accepted, in bytes on the wire; 1 MiB by default.
+    :param max_lag: for how many seconds events beyond ``history`` are kept for subscribers that are
+        connected; 30 by default.
+    :param timeout: how long a call waits for Redis at most, in seconds; 5 by default.
+    :param max_connections: the size of the pool for commands; 8 by default. One connection more
+        hears what is published, as soon as there is a subscriber.
+    :raises ConfigurationError: if the URL cannot be used.
+
+    All processes have to be given the same prefix and history. Redis is first spoken to when
+    something is published or subscribed to.
+
+    *Redis away.* ``publish`` raises :class:`BrokerUnavailableError` within ``timeout``, and so does
+    ``subscribe`` if it needs Redis. Subscriptions stay; the connection is tried again without end,
+    every five seconds at least, and then continues where it was.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        key_prefix: str = KEY_PREFIX,
+        history: int = 256,
+        history_seconds: float = 300,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        max_lag: float = 30,
+        timeout: float = 5,
+        max_connections: int = 8,
+    ) -> None:
+        self._timeout = timeout
+        self._link = RedisLink(url, timeout, max_connections)
+        self._keys = Keys(key_prefix, self._link.database)
+        self._keep = max(history, LEAST_KEPT)
+        self._seconds = math.ceil(history_seconds) + MARGIN_SECONDS
+        # How far the clock of Redis is ahead of ours, in seconds; not known yet.
+        self._clock_ahead: float | None = None
+        self._doubtful = threading.local()
+        super().__init__(
+            history=history,
+            history_seconds=history_seconds,
+            max_event_bytes=max_event_bytes,
+            max_lag=max_lag,
+        )
+
+    def _start(self) -> None:
+        super()._start()
+        self._feeds = Feeds(self._channels, self._clock)
+        self._presence = Presence(self._link, self._keys)
+        self._published = 0
+        self._progress: set[concurrency.Event] = set()
+        self._reader = RedisReader(
+            self._link,
+            self._keys,
+            self._presence,
+            self._feeds,
+            self._mutex,
+            self._seconds,
+            lambda: self.subscriptions,
+            self._on_change,
+        )
+
+    def _append(
+        self, names: Sequence[str], id: str | None, before_id: bytes, after_id: bytes
+    ) -> str:
+        [event_id] = self._send(names, [(id or "", before_id + after_id)])
+        return event_id
+
+    def _append_many(self, names: Sequence[str], events: Sequence[Encoded]) -> list[str]:
+        ids: list[str] = []
+        for start in range(0, len(events), _EVENTS_AT_ONCE):
+            some = events[start : start + _EVENTS_AT_ONCE]
+            try:
+                ids += self._send(names, [(id or "", one + two) for id, one, two in some])
+            except BrokerUnavailableError as error:
+                error.published = ids
+                raise
+        return ids
+
+    def _send(self, names: Sequence[str], events: list[tuple[str, bytes]]) -> list[str]:
+        self._check_open()
+        nonce, is_doubtful = self._nonce((names, events))
+        head = [self._keep, self._seconds, nonce]
+        tail = [each for event in events for each in event]
+
+        def arguments(is_repeated: bool) -> list[Any]:
+            return [*head, self._latest_time(), int(is_doubtful or is_repeated), *tail]
+
+        try:
+            epoch, last = self._publish(names, arguments)
+        except MintedIdError as error:
+            raise InvalidFieldError("id", [id for id, _ in events], MINTED_HINT) from error
+        self._doubtful.call = None
+        first = last - len(events) + 1
+        return [id or f"{epoch}-{first + n}" for n, (id, _) in enumerate(events)]
+
+    def _nonce(self, call: object) -> tuple[str, bool]:
+        # It stays with the call until Redis has confirmed it. If the answer was lost, whoever
+        # tries again must not publish twice.
+        doubtful = getattr(self._doubtful, "call", None)
+        if doubtful is None or doubtful[0] != call:
+            doubtful = self._doubtful.call = call, secrets.token_hex(8)
+            return doubtful[1], False
+        return doubtful[1], True
+
+    def _latest_time(self) -> str:
+        # A command that waited in a server that stood still must not be done once we have given it
+        # up and sent another. It is Redis that looks at the clock, so it is told in its time, as of
+        # its latest answer. What that took makes it too early, and never too late.
+        if self._clock_ahead is None:
+            [[seconds, microseconds]] = self._link.pipeline([("TIME",)])
+            self._clock_ahead = seconds + microseconds / 1e6 - time.monotonic()
+        latest = time.monotonic() + self._link.patience + self._clock_ahead
+        return str(int(latest * 1000))
+
+    def _publish(
+        self, names: Sequence[str], arguments: Callable[[bool], list[Any]]
+    ) -> tuple[str, int]:
+        keys = (self._keys.state, self._keys.marks, *[self._keys.channel(name) for name in names])
+        deadline = time.monotonic() + self._timeout / 2
+        while True:
+            epoch, last, now = self._link.call(_publish, keys, arguments)
+            self._clock_ahead = now / 1000 - time.monotonic()
+            if epoch:
+                self._expect(names, epoch.decode(), last)
+                return epoch.decode(), last
+            if time.monotonic() > deadline:
+                raise BrokerUnavailableError(self._link.address, "was too slow to take the event")
+
+    def _expect(self, names: Sequence[str], epoch: str, seq: int) -> None:
+        with self._mutex:
+            position = self._feeds.position_of(f"{epoch}-{seq}")
+            if position is not None and any(name in self._feeds for name in names):
+                self._published = max(self._published, position)
+
+    def settle(self) -> None:
+        """Wait until what this process has published has come back to it from Redis."""
+        if self._channels.position < self._published:
+            self._wait_until(self._is_settled, _SETTLE_SECONDS)
+
+    def _is_settled(self) -> bool:
+        is_there = self._channels.position >= self._published
+        return is_there or not self._reader.is_connected
+
+    def subscribe(
+        self, *channels: str, last_event_id: str | None = None, history: int = 0
+    ) -> Subscription:
+        """Start to receive; see :meth:`Broker.subscribe`.
+
+        :raises BrokerUnavailableError: if Redis is needed for that and does not answer: for the
+            first subscriber of a channel in this process, or for a cursor that it does not know.
+        """
+        names = channel_names(channels or DEFAULT_CHANNEL)
+        with self._followed(names):
+            self._prepare(names, last_event_id)
+            return super().subscribe(*names, last_event_id=last_event_id, history=history)
+
+    @contextmanager
+    def _followed(self, names: Sequence[str]) -> Iterator[None]:
+        with self._mutex:
+            self._check_open()
+            self._feeds.use(names)
+        self._reader.start()
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._feeds.release(names)
+
+    def _prepare(self, names: Sequence[str], cursor: str | None) -> None:
+        with self._mutex:
+            is_ready = self._feeds.are_ready(names) and self._knows(names, cursor)
+        if is_ready:
+            self.settle()
+            return
+        sync = self._reader.sync()
+
+        def is_prepared() -> bool:
+            with self._mutex:
+                is_there = self._feeds.has_reached(sync.epoch, sync.seq)
+                return is_there and self._feeds.are_ready(names)
+
+        if not self._wait_until(is_prepared, self._timeout):
+            reason = f"its messages did not come within {self._timeout:g} s"
+            raise BrokerUnavailableError(self._link.address, reason)
+
+    def _knows(self, names: Sequence[str], cursor: str | None) -> bool:
+        # What another process has sent already may still be on its way to this one.
+        if not cursor:
+            return True
+        seq = self._seq_of(cursor, self._channels.histories(names))
+        return seq is not None and seq <= self._channels.position
+
+    def _wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        ready = concurrency.new_event()
+        self._progress.add(ready)
+        try:
+            while not condition():
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return False
+                ready.wait(remaining)
+                ready.clear()
+            return True
+        finally:
+            self._progress.discard(ready)
+
+    def _on_change(self, is_read: bool) -> None:
+        if is_read:
+            self._channels.ring()
+        for ready in tuple(self._progress):
+            ready.set()
+
+    def _seq_of_minted(self, id: str) -> int | None:
+        return self._feeds.position_of(id)
+
+    def mint(self, position: int) -> str:
+        """Return the cursor that stands for a position."""
+        return self._feeds.mint(position)
+
+    def _note_leaving(self, channel_set: ChannelSet) -> None:
+        self._feeds.changed.update(channel_set.names)
+
+    def last_event_id(self, channel: str = DEFAULT_CHANNEL) -> str:
+        """Return the current cursor; see :meth:`Broker.last_event_id`.
+
+        :raises BrokerUnavailableError: if Redis does not answer.
+        """
+        channel_names(channel)
+        sync = self._reader.sync()
+        return f"{sync.epoch}-{sync.seq}"
+
+    def subscriber_count(self, channel: str | None = None) -> int:
+        """Return how many subscriptions there are in all processes.
+
+        The others tell theirs within a second. One that died is counted for 15 seconds more.
+
+        :raises BrokerUnavailableError: if Redis does not answer.
+        """
+        local = self.subscriptions if channel is None else self._local_count(channel)
+        return local + self._presence.count_others(channel or "")
+
+    def disconnect(self, channel: str) -> int:
+        """End every subscription of a channel, in all processes; see :meth:`Broker.disconnect`.
+
+        :raises BrokerUnavailableError: if Redis does not answer.
+        """
+        names = channel_names(channel)
+        count = self.subscriber_count(channel)
+        self._send(names, [("", b"")])
+        return count
+
+    def close(self) -> None:
+        """End every subscription of this process, and its connections, and accept nothing more."""
+        self.settle()
+        super().close()
+        self._reader.stop()

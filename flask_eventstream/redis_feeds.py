@@ -1,0 +1,225 @@
+"""What a process follows of the sequence in Redis, entered into its books.
+
+No I/O and no lock: the broker's mutex is held around every call. The rules:
+
+* Positions are those of the books, which never go back: the number in Redis plus an offset, which
+  changes with the epoch.
+* ``books.position`` says up to where *every* channel that is followed is complete. It moves by
+  messages only, which come in the order of the sequence over one connection.
+* What was read from a stream reaches up to the sequence number that was asked for before reading;
+  what is newer comes by messages.
+* Who may have missed something ends with a ``reset``, and the channel is begun anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from .broker import encode_reset
+from .history import Entry
+from .local_broker import seq_of_minted
+from .redis_scripts import with_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from .channels import Channels
+    from .redis_scripts import Message, Record, Sync
+
+_EPOCHS = 8
+
+
+class BrokenChainError(Exception):
+    """A message does not continue what came before: the streams have to be read."""
+
+
+class Feed:
+    """One channel that is followed.
+
+    :ivar users: how many are about to subscribe to it.
+    :ivar last: the number of its latest event.
+    :ivar loaded: the position up to which its stream was read; ``None`` if it was not.
+    """
+
+    __slots__ = ("last", "loaded", "users")
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.last = 0
+        self.loaded: int | None = None
+
+
+class Feeds:
+    """The channels that a process follows.
+
+    :param books: where their events are entered.
+    :param clock: a clock in seconds.
+    :ivar epoch: the epoch of the server, ``""`` as long as it is not known.
+    :ivar unloaded: the names of the channels whose streams have to be read.
+    :ivar changed: the names of those whose number of subscribers may have changed.
+    """
+
+    def __init__(self, books: Channels, clock: Callable[[], float]) -> None:
+        self.epoch = ""
+        self.unloaded: set[str] = set()
+        self.changed: set[str] = set()
+        self._books = books
+        self._clock = clock
+        self._offset = 0
+        self._base = 0
+        self._feeds: dict[str, Feed] = {}
+        # The first one has no cursors that anybody knows.
+        self._epochs: deque[tuple[int, str]] = deque([(0, "none")], maxlen=_EPOCHS)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._feeds)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._feeds
+
+    def use(self, names: Sequence[str]) -> None:
+        """Follow some channels, at least until :meth:`release`."""
+        for name in names:
+            feed = self._feeds.get(name)
+            if feed is None:
+                feed = self._feeds[name] = Feed()
+                self.unloaded.add(name)
+            feed.users += 1
+
+    def release(self, names: Sequence[str]) -> None:
+        """Follow some channels only as long as they have subscribers."""
+        for name in names:
+            self._feeds[name].users -= 1
+        self.changed.update(names)
+
+    def are_ready(self, names: Sequence[str]) -> bool:
+        """Tell whether the books have all of some channels, up to their position."""
+        loaded = [self._feeds[name].loaded for name in names]
+        return all(one is not None and one <= self._books.position for one in loaded)
+
+    def has_reached(self, epoch: str, seq: int) -> bool:
+        """Tell whether the books are complete up to a number."""
+        return epoch == self.epoch and self._offset + seq <= self._books.position
+
+    def mint(self, position: int) -> str:
+        """Return the cursor that stands for a position."""
+        epochs = [one for one in self._epochs if one[0] <= position] or [self._epochs[0]]
+        offset, epoch = epochs[-1]
+        return f"{epoch}-{max(0, position - offset)}"
+
+    def position_of(self, id: str) -> int | None:
+        """Return the position of an id that :meth:`mint` makes in this epoch."""
+        seq = seq_of_minted(id, self.epoch) if self.epoch else None
+        return None if seq is None else self._offset + seq
+
+    def begin(self, sync: Sync) -> None:
+        """Take note of the epoch. If it is new, all who read end with a ``reset``."""
+        if sync.epoch == self.epoch:
+            return
+        if self.epoch:
+            for name in self._feeds:
+                self.start_over(name)
+            # One for the reset, and one so that a position tells the epoch.
+            self._books.position += 1
+            self._offset = self._books.position + 1
+        self.epoch, self._base = sync.epoch, sync.base
+        self._epochs.append((self._offset, sync.epoch))
+
+    def start_over(self, name: str) -> None:
+        """End who reads a channel with a ``reset``, and have its stream read anew."""
+        position = self._books.position
+        cursor = self.mint(position)
+        # Its id is the place before it: who returns with that is told again, and then gets what
+        # there is.
+        wire = encode_reset(cursor, None, cursor)
+        self._books.discard(name, Entry(position + 1, self._clock(), None, wire))
+        self._feeds[name].loaded = None
+        self.unloaded.add(name)
+
+    def first_wanted(self, name: str) -> int:
+        """Return the number from which on the stream of a channel has to be read."""
+        feed = self._feeds[name]
+        return 0 if feed.loaded is None else self._books.position - self._offset + 1
+
+    def load(self, name: str, sync: Sync, records: list[Record]) -> bool:
+        """Enter what the stream of a channel has from :meth:`first_wanted` on.
+
+        :returns: whether that continues what the books have. If not, it has to be read anew.
+        """
+        feed = self._feeds[name]
+        before = abs(records[0].prev) if records else sync.bound
+        if feed.loaded is None:
+            self._books.open(name, self._clock(), self._offset + before)
+            feed.last = 0
+        elif before > self._books.position - self._offset:
+            self.start_over(name)
+            return False
+        for record in records:
+            if record.seq <= sync.seq:
+                self._enter([name], record, self._clock() - (sync.time - record.time) / 1000)
+                feed.last = record.seq
+        feed.loaded = self._offset + sync.seq
+        self.unloaded.discard(name)
+        return True
+
+    def hear(self, message: Message) -> bool:
+        """Enter an event that a message brought, and tell whether anybody reads it.
+
+        :raises BrokenChainError: if the epoch is another, or an event is missing before it.
+        """
+        self._check_epoch(message.epoch)
+        position = self._offset + message.seq
+        names = []
+        for name, prev in message.prevs:
+            feed = self._feeds.get(name)
+            if feed is None or feed.loaded is None or position <= feed.loaded:
+                continue
+            if prev > feed.last:
+                raise BrokenChainError(f"{name!r}: {prev} is missing after {feed.last}")
+            # An event of several channels comes once for each of them.
+            if feed.last < message.seq:
+                feed.last = message.seq
+                names.append(name)
+        is_read = self._enter(names, message, self._clock())
+        self.reach(message.epoch, message.seq)
+        return is_read
+
+    def reach(self, epoch: str, seq: int) -> None:
+        """Take note that everything up to a number has been heard.
+
+        :raises BrokenChainError: if the epoch is another.
+        """
+        self._check_epoch(epoch)
+        self._books.position = max(self._books.position, self._offset + seq)
+
+    def _check_epoch(self, epoch: str) -> None:
+        if epoch != self.epoch:
+            raise BrokenChainError(f"the epoch is {epoch}, and was {self.epoch}")
+
+    def _enter(self, names: Sequence[str], event: Message | Record, time: float) -> bool:
+        position = self._offset + event.seq
+        if not event.wire:
+            ended = [self._books.end_channel(name, position) for name in names]
+            return any(ended)
+        # What is older than the epoch may lack something behind it: no cursor for its id.
+        own_id = event.id if event.seq > self._base else None
+        wire = event.wire
+        if event.id is None:
+            wire = with_id(wire, f"{self.epoch}-{event.seq}".encode())
+        return bool(names) and self._books.append(names, Entry(position, time, own_id, wire))
+
+    def take_changed(self) -> dict[str, int]:
+        """Return how many subscribers the channels have whose number may have changed.
+
+        Those that nobody reads are not followed any longer.
+        """
+        changed, self.changed = self.changed, set()
+        counts = {name: self._books.count(name) for name in changed}
+        for name, count in counts.items():
+            feed = self._feeds.get(name)
+            if feed is not None and not count and not feed.users:
+                del self._feeds[name]
+                self.unloaded.discard(name)
+                self._books.discard(name)
+        return counts

@@ -1,0 +1,160 @@
+"""The connections to Redis: who waits for an answer waits no longer than agreed."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from .errors import BrokerUnavailableError, ConfigurationError
+from .redis_scripts import MINTED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .redis_scripts import Script
+
+    T = TypeVar("T")
+
+_LONGEST_PAUSE = 0.2
+
+LOST = (redis.RedisError, OSError)
+"""What a connection raises that is lost, that could not be made, or that is refused something."""
+
+
+class MintedIdError(Exception):
+    """A publisher's own id has the form of those that events get by their number."""
+
+
+class RedisLink:
+    """A small pool of connections, for commands that are answered at once.
+
+    :param url: ``redis://``, ``rediss://`` or ``unix://``, as redis-py reads it.
+    :param timeout: how long a call takes at most, in seconds.
+    :param max_connections: how many connections there are at most.
+    :ivar address: the URL without user and password.
+    :ivar database: the number of the database.
+    :ivar patience: how long an attempt waits for its answer, in seconds.
+    """
+
+    def __init__(self, url: str, timeout: float, max_connections: int) -> None:
+        self._timeout = timeout
+        self.patience = timeout / 4
+        options: dict[str, Any] = {
+            # An attempt that begins in the first half may connect and wait, each for a quarter.
+            "socket_timeout": self.patience,
+            "socket_connect_timeout": self.patience,
+            "retry": Retry(NoBackoff(), 0),
+            "protocol": 2,
+        }
+        try:
+            self._pool: Any = redis.BlockingConnectionPool.from_url(
+                url, max_connections=max_connections, timeout=self.patience, **options
+            )
+        except ValueError as error:
+            raise ConfigurationError(
+                "url", _without_secrets(url), f"cannot be used: {error}"
+            ) from error
+        self.address = _without_secrets(url)
+        self.database = int(self._pool.connection_kwargs.get("db") or 0)
+        self._redis: Any = redis.Redis(connection_pool=self._pool)
+
+    def call(
+        self, script: Script, keys: Sequence[bytes], arguments: Callable[[bool], Sequence[Any]]
+    ) -> Any:
+        """Run a script, more than once if need be.
+
+        :param script: the script.
+        :param keys: its keys.
+        :param arguments: returns its arguments; is told whether it may have run already.
+        :raises BrokerUnavailableError: if Redis did not answer in time, or refused.
+        :raises MintedIdError: if the script says so.
+        """
+
+        def run(is_repeated: bool) -> Any:
+            values = (len(keys), *keys, *arguments(is_repeated))
+            try:
+                return self._redis.evalsha(script.sha, *values)
+            except redis.exceptions.NoScriptError:
+                return self._redis.eval(script.text, *values)
+
+        return self._attempt(run)
+
+    def pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Run some commands that do no harm if they are run twice, and return their results.
+
+        :raises BrokerUnavailableError: if Redis did not answer in time, or refused.
+        """
+
+        def run(_: bool) -> list[Any]:
+            with self._redis.pipeline(transaction=False) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                results: list[Any] = pipeline.execute()
+                return results
+
+        return self._attempt(run)
+
+    def _attempt(self, act: Callable[[bool], T]) -> T:
+        last_start = time.monotonic() + self._timeout / 2
+        pause = 0.0
+        while True:
+            try:
+                return act(pause > 0)
+            except (redis.AuthenticationError, redis.ResponseError) as error:
+                raise self._refusal(error) from error
+            except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+                pause = min(_LONGEST_PAUSE, pause * 2 or 0.01)
+                if time.monotonic() + pause > last_start:
+                    reason = f"no answer within {self._timeout:g} s: {error}"
+                    raise BrokerUnavailableError(self.address, reason) from error
+            time.sleep(pause)
+
+    def _refusal(self, error: Exception) -> Exception:
+        if str(error).startswith(MINTED):
+            return MintedIdError()
+        return BrokerUnavailableError(self.address, f"refused: {error}")
+
+    def listen(self) -> Listener:
+        """Return a connection of its own for messages, not connected yet."""
+        return Listener(self._pool.connection_class(**self._pool.connection_kwargs))
+
+    def close(self) -> None:
+        """Close the connections of the pool."""
+        self._pool.disconnect()
+
+
+class Listener:
+    """A connection to Redis that hears messages. One thread or greenlet uses it.
+
+    All it does raises one of :data:`LOST` once the connection is lost.
+
+    :param connection: redis-py's.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self.connect = connection.connect
+        self.close = connection.disconnect
+
+    def send(self, command: str, names: Sequence[bytes]) -> None:
+        """Send a command that is answered by messages."""
+        self._connection.send_command(command, *names, check_health=False)
+
+    def has_message(self, timeout: float) -> bool:
+        """Tell whether there is a message within some seconds."""
+        return bool(self._connection.can_read(timeout=timeout))
+
+    def read(self) -> list[Any]:
+        """Return the next message: its kind, the name that it came by, and what it says."""
+        message: list[Any] = self._connection.read_response()
+        return message
+
+
+def _without_secrets(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    address = rest.partition("?")[0].rpartition("@")[2]
+    return f"{scheme}{separator}{address}"

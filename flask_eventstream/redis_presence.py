@@ -1,0 +1,92 @@
+"""How many subscribers each process has, told to the others through Redis.
+
+A process has a hash of its own, with the number of subscribers of each channel that it serves, and
+under the empty name the number of all. The hash lives as long as its lease, which is renewed
+meanwhile. A process that dies is counted out when its lease ends.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .redis_link import RedisLink
+    from .redis_scripts import Keys
+
+LEASE_SECONDS = 15
+"""For how long a process counts that does not say anything any more, in seconds."""
+
+RENEWAL_SECONDS = 5.0
+"""How often a lease is renewed, in seconds."""
+
+
+class Presence:
+    """What this process tells of its subscribers, and what the others do.
+
+    :param link: the connections to Redis.
+    :param keys: the names of the keys.
+    :ivar key: the key of this process, and the name of the messages that only it gets.
+    """
+
+    def __init__(self, link: RedisLink, keys: Keys) -> None:
+        self._token = secrets.token_hex(8)
+        self._link = link
+        self._keys = keys
+        self.key = keys.process(self._token)
+        self._told: dict[str, int] = {}
+        self._next_renewal = 0.0
+
+    def tell(self, changed: Mapping[str, int], total: int) -> None:
+        """Tell the numbers that have changed, and renew the lease if it is time.
+
+        :param changed: the number of subscribers of each channel where it may have changed.
+        :param total: how many there are in all.
+        :raises BrokerUnavailableError: if Redis did not answer, or refused.
+        """
+        now = time.monotonic()
+        news = {name: count for name, count in changed.items() if count != self._told.get(name, 0)}
+        self._told.update(news)
+        if now < self._next_renewal and not news:
+            return
+        gone = [name for name, count in news.items() if not count]
+        for name in gone:
+            del self._told[name]
+        lives, *_ = self._link.pipeline(
+            [
+                ("EXPIRE", self.key, LEASE_SECONDS),
+                *([("HDEL", self.key, *gone)] if gone else []),
+                ("HSET", self.key, *_flat({"": total, **news}, gone)),
+                ("EXPIRE", self.key, LEASE_SECONDS),
+                ("SADD", self._keys.processes, self._token),
+            ]
+        )
+        self._next_renewal = now + RENEWAL_SECONDS
+        if not lives and self._told:
+            # It is new, or was lost: then all has to be told.
+            self._link.pipeline([("HSET", self.key, *_flat(self._told, ()))])
+
+    def leave(self) -> None:
+        """Be counted out at once."""
+        self._link.pipeline([("DEL", self.key), ("SREM", self._keys.processes, self._token)])
+
+    def count_others(self, channel: str) -> int:
+        """Return how many subscribers the other processes have: of a channel, or (``""``) in all.
+
+        :raises BrokerUnavailableError: if Redis did not answer, or refused.
+        """
+        [members] = self._link.pipeline([("SMEMBERS", self._keys.processes)])
+        tokens = sorted(token.decode() for token in members if token.decode() != self._token)
+        keys = [self._keys.process(token) for token in tokens]
+        counts = self._link.pipeline([("HMGET", key, "", channel) for key in keys])
+        dead = [token for token, (total, _) in zip(tokens, counts, strict=True) if total is None]
+        if dead:
+            self._link.pipeline([("SREM", self._keys.processes, *dead)])
+        return sum(int(count or 0) for _, count in counts)
+
+
+def _flat(counts: Mapping[str, int], without: Any) -> list[Any]:
+    return [each for name, n in counts.items() if name not in without for each in (name, n)]

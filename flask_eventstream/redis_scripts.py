@@ -1,0 +1,275 @@
+"""What is kept in Redis, and the Lua that keeps it. Any program can publish with it.
+
+With the prefix ``eventstream:`` and the database 0, the keys are:
+
+``eventstream:0:state``
+    A hash: the ``epoch``; ``seq``, the number of the latest event; ``base``, the number at which
+    the epoch began; ``run``, the ``run_id`` of the server that it belongs to. It never expires.
+``eventstream:0:marks``
+    A stream of some numbers with their times, from which follows how old a number is at least.
+``eventstream:0:channel:<name>``
+    A stream: the recent events of a channel. The id of an entry is ``<seq>-<milliseconds>``. Its
+    fields are, in this order, ``nonce``, ``prev``, ``id`` (the publisher's own) and ``wire`` (the
+    event without the id that it gets from its number). An empty ``wire`` ends all who read the
+    channel. It expires when nothing was published for a while.
+``eventstream:0:processes``, ``eventstream:0:process:<token>``
+    Who serves subscribers, and how many of each channel; see :mod:`.redis_presence`.
+
+Each event is also published as a message, under the name of its channel's key. Messages know no
+databases, so the name has the number in it. A message is a line ``<epoch> <seq> <milliseconds>
+<own id>``, a line ``<prev> <key>`` for each of the event's channels, an empty line, and the wire.
+
+*prev* is the number of the event before in the same channel, so that a hole can be seen. If Redis
+has forgotten that one, it is a negative number: no event after it can have been there.
+
+The scripts need Redis 5, and are not for a cluster: the keys of all channels must be in one place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+_STATE = """\
+-- KEYS[1]: state, KEYS[2]: marks.
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') or ''
+local state = redis.call('HMGET', KEYS[1], 'epoch', 'seq', 'base', 'run', 'marked')
+local epoch, seq, base = state[1], tonumber(state[2] or 0), tonumber(state[3] or 0)
+local marked = tonumber(state[5] or 0)
+if not epoch or state[4] ~= run then
+  -- A server that was flushed, restarted or replaced may lack events that were there before.
+  epoch = string.sub(redis.sha1hex(run .. clock[1] .. clock[2] .. (epoch or '')), 1, 8)
+  base, marked = seq, 0
+  redis.call('HSET', KEYS[1], 'epoch', epoch, 'seq', seq, 'base', base, 'run', run, 'marked', 0)
+  redis.call('DEL', KEYS[2])
+end
+
+-- The number after which all events are younger than this many seconds.
+local function seq_before(seconds)
+  for _, mark in ipairs(redis.call('XRANGE', KEYS[2], '-', '+')) do
+    local number, time = string.match(mark[1], '(%d+)-(%d+)')
+    if tonumber(time) > now - seconds * 1000 then
+      return tonumber(number) - 1
+    end
+  end
+  return seq
+end
+
+local function head(own_id)
+  return string.format('%s %.0f %.0f %s\\n', epoch, seq, now, own_id)
+end
+"""
+
+PUBLISH = (
+    _STATE
+    + """
+-- Publishes events, all or none.
+-- KEYS[3] and so on: the channels. ARGV: 1 how many events a channel keeps, 2 for how many seconds,
+-- 3 a nonce or '', 4 a time in milliseconds after which it is too late or '', 5 '1' if it may have
+-- been done already; then an own id or '' and a wire for each event.
+-- Returns the epoch, the number of the last event, and the time in milliseconds. The epoch is '' if
+-- it was too late.
+local keep, seconds, nonce = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+
+local function newest(key, below)
+  return redis.call('XREVRANGE', key, below, '-', 'COUNT', 1)[1]
+end
+
+if ARGV[5] == '1' then
+  local entry = newest(KEYS[3], '+')
+  while entry do
+    local number = tonumber(string.match(entry[1], '%d+'))
+    if entry[2][2] == nonce then
+      return {epoch, number, now}
+    end
+    -- Entries may be large, so it is one at a time.
+    entry = newest(KEYS[3], string.format('%.0f', number - 1))
+  end
+end
+
+if ARGV[4] ~= '' and now > tonumber(ARGV[4]) then
+  return {'', 0, now}
+end
+
+for e = 6, #ARGV, 2 do
+  if string.match(ARGV[e], '^(%x+)%-%d+$') == epoch then
+    return redis.error_reply('MINTED ' .. ARGV[e])
+  end
+end
+
+local prev = {}
+for k = 3, #KEYS do
+  local entry = newest(KEYS[k], '+')
+  local number = entry and tonumber(string.match(entry[1], '%d+'))
+  if number and number > seq then
+    -- Of a time that the state knows nothing of any more.
+    redis.call('DEL', KEYS[k])
+    number = nil
+  end
+  prev[k] = number or -seq_before(seconds)
+end
+
+local marks_at = now - marked > seconds * 1000 / 16
+if marks_at then
+  marked = now
+end
+-- The first command that needs memory. If it is refused, nothing has happened.
+redis.call('HSET', KEYS[1], 'seq', string.format('%.0f', seq + (#ARGV - 5) / 2),
+  'marked', string.format('%.0f', marked))
+if marks_at then
+  redis.call('XADD', KEYS[2], 'MAXLEN', 64, string.format('%.0f-%.0f', seq + 1, now), 'mark', '')
+  redis.call('EXPIRE', KEYS[2], seconds * 4)
+end
+
+for e = 6, #ARGV, 2 do
+  seq = seq + 1
+  local id, message = string.format('%.0f-%.0f', seq, now), head(ARGV[e])
+  for k = 3, #KEYS do
+    message = message .. string.format('%.0f %s\\n', prev[k], KEYS[k])
+  end
+  message = message .. '\\n' .. ARGV[e + 1]
+  for k = 3, #KEYS do
+    redis.call('XADD', KEYS[k], 'MAXLEN', keep, id, 'nonce', nonce,
+      'prev', string.format('%.0f', prev[k]), 'id', ARGV[e], 'wire', ARGV[e + 1])
+    redis.call('PUBLISH', KEYS[k], message)
+    prev[k] = seq
+  end
+end
+for k = 3, #KEYS do
+  redis.call('EXPIRE', KEYS[k], seconds)
+end
+return {epoch, seq, now}
+"""
+)
+"""Publishes events to some channels, all of them or none; the comments in it say how."""
+
+SYNC = (
+    _STATE
+    + """
+-- Tells where the sequence is, and has the process at KEYS[3] told so by a message of its own.
+-- ARGV: 1 for how many seconds a channel keeps events.
+-- Returns the epoch, the number of the latest event, the time in milliseconds, the number at which
+-- the epoch began, and the number after which all events are still there.
+redis.call('PUBLISH', KEYS[3], head('') .. '\\n')
+return {epoch, seq, now, base, seq_before(tonumber(ARGV[1]))}
+"""
+)
+"""Tells where the sequence is; who is subscribed to it hears that behind all that was before."""
+
+
+MINTED = "MINTED"
+"""The error of a script that an own id has the form of those that events get by their number."""
+
+
+class Script:
+    """A script, and how to call it once Redis has it.
+
+    :param text: the Lua.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+class Keys:
+    """The names of the keys of a prefix in a database.
+
+    :param prefix: the prefix.
+    :param database: the number of the database.
+    """
+
+    def __init__(self, prefix: str, database: int) -> None:
+        self._prefix = f"{prefix}{database}:".encode()
+        self.state = self._prefix + b"state"
+        self.marks = self._prefix + b"marks"
+        self.processes = self._prefix + b"processes"
+        self._channel = self._prefix + b"channel:"
+
+    def channel(self, name: str) -> bytes:
+        """Return the key, and the name of the messages, of a channel."""
+        return self._channel + name.encode()
+
+    def process(self, token: str) -> bytes:
+        """Return the key, and the name of the messages, of a process."""
+        return b"%bprocess:%b" % (self._prefix, token.encode())
+
+    def name_of(self, key: bytes) -> str:
+        """Return the name of the channel that a key belongs to."""
+        return key[len(self._channel) :].decode()
+
+
+class Sync(NamedTuple):
+    """Where the sequence is.
+
+    ``epoch`` and ``seq`` are of the latest event; ``time`` is the server's, in milliseconds;
+    ``base`` is the number at which the epoch began; after ``bound`` no event can have expired.
+    """
+
+    epoch: str
+    seq: int
+    time: int
+    base: int
+    bound: int
+
+    @classmethod
+    def of(cls, reply: list[bytes | int]) -> Sync:
+        """Return what :data:`SYNC` has replied."""
+        epoch, *numbers = reply
+        assert isinstance(epoch, bytes)
+        return cls(epoch.decode(), *[int(number) for number in numbers])
+
+
+class Record(NamedTuple):
+    """One event, as Redis has it in the stream of a channel.
+
+    ``seq`` is its number, ``time`` the server's in milliseconds, ``prev`` the number of the one
+    before in that channel, or minus one after which there was none; ``id`` the publisher's own, if
+    any, and ``wire`` the event without the id that its number gives it; empty to end all who read.
+    """
+
+    seq: int
+    time: int
+    prev: int
+    id: str | None
+    wire: bytes
+
+    @classmethod
+    def of(cls, entry: tuple[bytes, dict[bytes, bytes]]) -> Record:
+        """Return what an entry of a stream says."""
+        id, fields = entry
+        seq, _, time = id.partition(b"-")
+        own_id = fields[b"id"].decode() or None
+        return cls(int(seq), int(time), int(fields[b"prev"]), own_id, fields[b"wire"])
+
+
+class Message(NamedTuple):
+    """One event, as processes hear of it. ``prevs`` has each channel with the number before."""
+
+    epoch: str
+    seq: int
+    id: str | None
+    prevs: list[tuple[str, int]]
+    wire: bytes
+
+    @classmethod
+    def of(cls, message: bytes, keys: Keys) -> Message:
+        """Read a message."""
+        head, _, wire = message.partition(b"\n\n")
+        line, *lines = head.split(b"\n")
+        epoch, seq, _, id = line.split(b" ", 3)
+        prevs = []
+        for each in lines:
+            prev, _, key = each.partition(b" ")
+            prevs.append((keys.name_of(key), int(prev)))
+        return cls(epoch.decode(), int(seq), id.decode() or None, prevs, wire)
+
+
+def with_id(wire: bytes, id: bytes) -> bytes:
+    """Return an event with its id: as its first line, but for ``retry``, which has to be that."""
+    if wire.startswith(b"retry: "):
+        retry, _, rest = wire.partition(b"\n")
+        return b"%b\nid: %b\n%b" % (retry, id, rest)
+    return b"id: %b\n%b" % (id, wire)

@@ -1,0 +1,76 @@
+"""A real Redis of a test's own, on a free port, with nothing of another one in it."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from itertools import count
+from typing import TYPE_CHECKING
+
+import redis
+
+from .servers import Server, free_port, system_part, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_numbers = count()
+
+
+class RedisServer(Server):
+    """A Redis server, and a connection to it that keeps out of the way of what is tested.
+
+    :param folder: where its append-only file is.
+    :param options: as in its configuration file.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        port = free_port()
+        program = system_part("redis-server", "valkey-server")
+        command = [program, "--port", str(port), "--save", "", "--dir", str(folder), *options]
+        super().__init__(command, port)
+        self.url = f"redis://127.0.0.1:{port}/0"
+        self.redis = redis.Redis(port=port)
+
+    def start(self) -> None:
+        super().start()
+        # It listens before it has read its append-only file.
+        probe = redis.Redis(port=self.port)
+        wait_for(lambda: _answers(probe), what="Redis to answer")
+        probe.close()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def prefix(self) -> str:
+        """Return a prefix for keys that nobody else has."""
+        return f"test{next(_numbers)}:"
+
+    def close(self) -> None:
+        self.redis.close()
+        self.thaw()
+        super().close()
+
+
+def _answers(probe: redis.Redis) -> bool:
+    try:
+        return bool(probe.ping())
+    except redis.ConnectionError:
+        return False
+
+
+@contextmanager
+def redis_server(folder: Path, *options: str) -> Iterator[RedisServer]:
+    server = RedisServer(folder, *options)
+    try:
+        yield server
+    finally:
+        server.close()
