@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from flask import Blueprint, Flask, current_app, request
 
 from . import access
-from .body import SubscriptionBody, jittered
+from .body import ShortBody, SubscriptionBody, jittered
 from .broker import DEFAULT_CHANNEL, Broker, channel_names
+from .brokers import new_broker
 from .config import Config
-from .errors import ConfigurationError, NotRegisteredError, TooLargeError
+from .errors import BrokerUnavailableError, NotRegisteredError, TooLargeError
 from .event import HEARTBEAT, ServerSentEvent, encode_comment, to_json
 from .hub import SocketHub
 from .memory_broker import MemoryBroker
@@ -124,7 +125,7 @@ class EventStream(Blueprint):
         :raises NotRegisteredError: if the app has no event stream.
 
         A client that returns gets exactly what it missed, or a ``reset`` event and what history
-        still has.
+        still has. While the broker cannot be reached, the stream ends at once and clients retry.
         """
         state = _state()
         names = channel_names(channels or DEFAULT_CHANNEL)
@@ -137,7 +138,10 @@ class EventStream(Blueprint):
             return EventStreamResponse(())
         access.check_room(state.broker.subscriptions, state.max_subscribers)
         _warn_of_processes(state)
-        subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
+        try:
+            subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
+        except BrokerUnavailableError as error:
+            return _come_again(state.config, error)
         body = _open_body(state, subscription, snapshot)
         subscriber_connected.send(_app(), channels=names, last_event_id=cursor())
         return EventStreamResponse(body)
@@ -226,7 +230,7 @@ class EventStream(Blueprint):
 
 def _new_state(app: App) -> State:
     config = Config.read(app.config)
-    broker = _new_broker(config)
+    broker = new_broker(config)
     hub = None
     if config.hijack:
         hub = SocketHub(broker.watch, config.heartbeat, HEARTBEAT, config.max_lag)
@@ -238,18 +242,6 @@ def _new_state(app: App) -> State:
     return State(config, broker, room, hub, on_close)
 
 
-def _new_broker(config: Config) -> Broker:
-    if config.broker_url != "memory://":
-        reason = "names no broker that this version has; use 'memory://'"
-        raise ConfigurationError("EVENTSTREAM_BROKER_URL", config.broker_url, reason)
-    return MemoryBroker(
-        history=config.history,
-        history_seconds=config.history_seconds,
-        max_event_bytes=config.max_event_bytes,
-        max_lag=config.max_lag,
-    )
-
-
 def _warn_of_processes(state: State) -> None:
     is_shared = not isinstance(state.broker, MemoryBroker)
     if state.has_warned or is_shared or not request.environ.get("wsgi.multiprocess"):
@@ -257,8 +249,8 @@ def _warn_of_processes(state: State) -> None:
     state.has_warned = True
     current_app.logger.warning(
         "The server runs several worker processes, and EVENTSTREAM_BROKER_URL='memory://' is a "
-        "broker for one: what one process publishes never reaches the subscribers of another. Run "
-        "one worker process, with threads or gevent."
+        "broker for one: what one process publishes never reaches the subscribers of another. Set "
+        "EVENTSTREAM_BROKER_URL='redis://…', or run one worker process, with threads or gevent."
     )
 
 
@@ -277,12 +269,23 @@ def _open_body(
     )
 
 
+def _opening(config: Config) -> bytes:
+    # It leaves at once, so that onopen fires. There is no blank line: the first event completes
+    # the block, since clients would take one without data for an event (see HEARTBEAT).
+    return encode_comment() + b"retry: %d\n" % jittered(config.retry)
+
+
+def _come_again(config: Config, error: BrokerUnavailableError) -> EventStreamResponse:
+    # An EventSource that gets an error instead, 503 included, gives up for good (WHATWG HTML,
+    # section 9.2.2). One whose stream ends returns.
+    current_app.logger.warning("A subscriber is sent away for a while: %s", error)
+    return EventStreamResponse(ShortBody(_opening(config)))
+
+
 def _first_bytes(
     config: Config, subscription: Subscription, snapshot: Callable[[], Any] | None
 ) -> bytes:
-    # They leave at once, so that onopen fires. There is no blank line: the first event completes
-    # the block, since clients would take one without data for an event (see HEARTBEAT).
-    start = encode_comment() + b"retry: %d\n" % jittered(config.retry) + subscription.start
+    start = _opening(config) + subscription.start
     if snapshot is None or subscription.resumed:
         return start
     item = snapshot()

@@ -96,6 +96,19 @@ class SubscriptionBody:
         self._on_close(self)
 
 
+class ShortBody:
+    """The body of a response that ends after its first bytes, so that the client comes again.
+
+    :param start: the first bytes.
+    """
+
+    def __init__(self, start: bytes) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._start
+
+
 class Silence:
     """How long a stream may be silent before a heartbeat is due.
 

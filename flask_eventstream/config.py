@@ -34,6 +34,13 @@ def _url(value: Any) -> str | None:
     return None if isinstance(value, str) else "must be a str, such as 'memory://'"
 
 
+def _prefix(value: Any) -> str | None:
+    is_fine = (
+        isinstance(value, str) and value.isascii() and value.isprintable() and " " not in value
+    )
+    return None if is_fine and value else "must be a str of ASCII characters without spaces"
+
+
 def _flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else "must be True or False"
 
@@ -50,6 +57,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "max_lifetime": _seconds,
     "max_lag": _seconds,
     "hijack": _flag,
+    "key_prefix": _prefix,
 }
 
 
@@ -57,7 +65,8 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
 class Config:
     """What an app's configuration says of event streams. Seconds, but for ``retry``.
 
-    :param broker_url: where events go through; ``memory://`` is the process itself.
+    :param broker_url: where events go through; ``memory://`` is the process itself, ``redis://``,
+        ``rediss://`` and ``unix://`` are a Redis server.
     :param history: how many events of a channel a client that returns can get.
     :param history_seconds: and how old they may be, in seconds.
     :param heartbeat: the longest silence of a subscriber's stream, in seconds. Proxies cut silent
@@ -73,6 +82,8 @@ class Config:
         connected. One that takes nothing for longer may have fallen behind; then its stream ends.
     :param hijack: whether subscribers' sockets are taken out of the server, where that is possible,
         so that they need no thread and no greenlet.
+    :param key_prefix: what the names of all keys in Redis begin with. All processes of an app have
+        to have the same one.
     """
 
     broker_url: str = "memory://"
@@ -86,6 +97,7 @@ class Config:
     max_lifetime: float | None = None
     max_lag: float = 30
     hijack: bool = True
+    key_prefix: str = "eventstream:"
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Config:
@@ -108,6 +120,12 @@ class Config:
 def check_seconds(name: str, value: Any) -> None:
     """Raise a :class:`ConfigurationError` unless a value is a number of seconds, more than 0."""
     _check(name, value, _seconds)
+
+
+def without_secrets(url: str) -> str:
+    """Return a URL without its user, password and query, as errors and logs may show it."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.partition('?')[0].rpartition('@')[2]}"
 
 
 def _check(key: str, value: Any, check: Callable[[Any], str | None]) -> None:

@@ -49,6 +49,7 @@ class ConfigurationError(EventStreamError, ValueError):
         super().__init__(f"{key}={_shown(value)} {reason}")
         self.field = key
         self.value = value
+        self.reason = reason
 
 
 class NotRegisteredError(EventStreamError, RuntimeError):

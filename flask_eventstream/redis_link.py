@@ -9,6 +9,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from .config import without_secrets
 from .errors import BrokerUnavailableError, ConfigurationError
 from .redis_scripts import MINTED
 
@@ -56,9 +57,9 @@ class RedisLink:
             )
         except ValueError as error:
             raise ConfigurationError(
-                "url", _without_secrets(url), f"cannot be used: {error}"
+                "url", without_secrets(url), f"cannot be used: {error}"
             ) from error
-        self.address = _without_secrets(url)
+        self.address = without_secrets(url)
         self.database = int(self._pool.connection_kwargs.get("db") or 0)
         self._redis: Any = redis.Redis(connection_pool=self._pool)
 
@@ -152,9 +153,3 @@ class Listener:
         """Return the next message: its kind, the name that it came by, and what it says."""
         message: list[Any] = self._connection.read_response()
         return message
-
-
-def _without_secrets(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
-    address = rest.partition("?")[0].rpartition("@")[2]
-    return f"{scheme}{separator}{address}"

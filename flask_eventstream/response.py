@@ -29,7 +29,7 @@ from flask import (
 from flask.json.provider import DefaultJSONProvider
 
 from . import hijack
-from .body import Silence, SubscriptionBody
+from .body import ShortBody, Silence, SubscriptionBody
 from .config import check_seconds
 from .event import HEARTBEAT, MAX_EVENT_BYTES
 from .format import FINISHED_ID, StreamFormat, stream_format
@@ -109,6 +109,8 @@ class EventStreamResponse(Response):
             body = stream
             self._hub = current_app.extensions["eventstream"].hub
             request.environ.get(ON_SUBSCRIBED_KEY, _ignore)(stream)
+        elif isinstance(stream, ShortBody):
+            body = iter(stream)
         elif cursor() == FINISHED_ID:
             status = 204
         elif request.method != "HEAD":

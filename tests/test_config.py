@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from flask_eventstream.config import Config, check_seconds
+from flask_eventstream.config import Config, check_seconds, without_secrets
 from flask_eventstream.errors import ConfigurationError
 
 
@@ -24,8 +24,11 @@ def test_every_key_is_read() -> None:
         "EVENTSTREAM_MAX_SUBSCRIBERS": 7,
         "EVENTSTREAM_MAX_LIFETIME": 8.5,
         "EVENTSTREAM_MAX_LAG": 9,
+        "EVENTSTREAM_HIJACK": False,
+        "EVENTSTREAM_KEY_PREFIX": "mine:",
     }
-    assert Config.read(given) == Config("memory://", 0, 1.5, 2, 0, 5, 6, 7, 8.5, 9)
+    expected = Config("memory://", 0, 1.5, 2, 0, 5, 6, 7, 8.5, 9, False, "mine:")
+    assert Config.read(given) == expected
 
 
 @pytest.mark.parametrize("key", ["MAX_SUBSCRIBERS", "MAX_LIFETIME"])
@@ -44,6 +47,8 @@ BAD: dict[str, list[Any]] = {
     "MAX_SUBSCRIBERS": [0, "3"],
     "MAX_LIFETIME": [0, "3"],
     "MAX_LAG": [None, 0, "3"],
+    "HIJACK": [None, 1],
+    "KEY_PREFIX": [None, "", "a b", "ü", "\n", 7],
 }
 
 
@@ -60,3 +65,17 @@ def test_seconds_elsewhere_are_checked_alike() -> None:
     check_seconds("pause", 0.5)
     with pytest.raises(ConfigurationError, match="pause=0 must be a number of seconds"):
         check_seconds("pause", 0)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:secret@host:6379/1?password=other", "redis://host:6379/1"),
+        ("redis://:se@cret@host", "redis://host"),
+        ("unix://user:secret@/run/redis.sock?db=1", "unix:///run/redis.sock"),
+        ("memory://", "memory://"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown
