@@ -132,6 +132,7 @@ class Channels:
         self._channels: OrderedDict[str, Channel] = OrderedDict()
         self._sets: dict[tuple[str, ...], ChannelSet] = {}
         self._watches: list[_Watch] = []
+        self._ahead: list[tuple[int, Channel]] = []
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._channels)
@@ -167,7 +168,10 @@ class Channels:
             self.end(channel.sets, last.seq)
 
     def append(self, names: Sequence[str], entry: Entry) -> bool:
-        """Add an event to some channels; tell whether anybody reads them."""
+        """Add an event to some channels; tell whether anybody reads them.
+
+        What lies ahead of the position is read once that gets there.
+        """
         is_read = False
         for name in names:
             channel = self.touch(name, entry.time)
@@ -175,8 +179,16 @@ class Channels:
             channel.history.append(entry, keep_tail=has_readers)
             if has_readers:
                 is_read = True
-                self._stir(channel)
+                self._stir(channel, entry.seq)
         return is_read
+
+    def advance(self, position: int) -> bool:
+        """Move the position on; tell whether there is something to read that was not before."""
+        self.position = max(self.position, position)
+        ahead, self._ahead = self._ahead, []
+        for seq, channel in ahead:
+            self._stir(channel, seq)
+        return len(self._ahead) < len(ahead)
 
     def join(self, owner: Owner, channels: Sequence[Channel]) -> ChannelSet:
         """Add a subscription to the set of some channels, and return the set."""
@@ -216,7 +228,7 @@ class Channels:
                 # Who subscribes from now on joins another.
                 del self._sets[channel_set.names]
             for channel in channel_set.channels:
-                self._stir(channel)
+                self._stir(channel, position)
         return ended
 
     def end_channel(self, name: str, position: int) -> int:
@@ -252,7 +264,11 @@ class Channels:
         self._watches.append(_Watch(ring))
         return self._watches[-1]
 
-    def _stir(self, channel: Channel) -> None:
+    def _stir(self, channel: Channel, seq: int) -> None:
+        if seq > self.position:
+            # Whoever looks now would find nothing, and not look again.
+            self._ahead.append((seq, channel))
+            return
         for watch in self._watches:
             watch.stirred.add(channel)
 

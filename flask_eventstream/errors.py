@@ -78,12 +78,15 @@ class BrokerUnavailableError(EventStreamError, ConnectionError):
 
     :param address: where the server is.
     :param reason: what happened, as a sentence without its full stop.
+    :param is_refusal: whether the server did answer, and refused: it is full, or only to be read.
     :ivar published: the ids of those events of a batch that were published before.
     """
 
-    def __init__(self, address: str, reason: str) -> None:
-        super().__init__(f"{address}: {reason}. Is it running, and is its URL right? Try again")
+    def __init__(self, address: str, reason: str, is_refusal: bool = False) -> None:
+        advice = "See to the server" if is_refusal else "Is it running, and is this its URL?"
+        super().__init__(f"{address}: {reason.rstrip('.')}. {advice}")
         self.value = address
+        self.is_refusal = is_refusal
         self.published: list[str] = []
 
 

@@ -225,15 +225,18 @@ class RedisBroker(LocalBroker):
         if is_ready:
             self.settle()
             return
-        sync = self._reader.sync()
+        deadline = time.monotonic() + self._timeout
+        # While it is not connected, each of many subscribers would only wait for an answer.
+        is_connected = self._wait_until(lambda: self._reader.is_connected, self._timeout)
+        sync = self._reader.sync() if is_connected else None
 
         def is_prepared() -> bool:
             with self._mutex:
-                is_there = self._feeds.has_reached(sync.epoch, sync.seq)
+                is_there = sync is not None and self._feeds.has_reached(sync.epoch, sync.seq)
                 return is_there and self._feeds.are_ready(names)
 
-        if not self._wait_until(is_prepared, self._timeout):
-            reason = f"its messages did not come within {self._timeout:g} s"
+        if not self._wait_until(is_prepared, deadline - time.monotonic()):
+            reason = f"nothing was heard of it within {self._timeout:g} s"
             raise BrokerUnavailableError(self._link.address, reason)
 
     def _knows(self, names: Sequence[str], cursor: str | None) -> bool:

@@ -121,7 +121,7 @@ class Feeds:
             for name in self._feeds:
                 self.start_over(name)
             # One for the reset, and one so that a position tells the epoch.
-            self._books.position += 1
+            self._books.advance(self._books.position + 1)
             self._offset = self._books.position + 1
         self.epoch, self._base = sync.epoch, sync.base
         self._epochs.append((self._offset, sync.epoch))
@@ -156,7 +156,8 @@ class Feeds:
             self.start_over(name)
             return False
         for record in records:
-            if record.seq <= sync.seq:
+            # Those before were read already, if the connection was lost again soon after.
+            if feed.last < record.seq <= sync.seq:
                 self._enter([name], record, self._clock() - (sync.time - record.time) / 1000)
                 feed.last = record.seq
         feed.loaded = self._offset + sync.seq
@@ -164,7 +165,7 @@ class Feeds:
         return True
 
     def hear(self, message: Message) -> bool:
-        """Enter an event that a message brought, and tell whether anybody reads it.
+        """Enter an event that a message brought; tell whether there is something new to read.
 
         :raises BrokenChainError: if the epoch is another, or an event is missing before it.
         """
@@ -181,33 +182,25 @@ class Feeds:
             if feed.last < message.seq:
                 feed.last = message.seq
                 names.append(name)
-        is_read = self._enter(names, message, self._clock())
-        self.reach(message.epoch, message.seq)
-        return is_read
-
-    def reach(self, epoch: str, seq: int) -> None:
-        """Take note that everything up to a number has been heard.
-
-        :raises BrokenChainError: if the epoch is another.
-        """
-        self._check_epoch(epoch)
-        self._books.position = max(self._books.position, self._offset + seq)
+        self._enter(names, message, self._clock())
+        return self._books.advance(position)
 
     def _check_epoch(self, epoch: str) -> None:
         if epoch != self.epoch:
             raise BrokenChainError(f"the epoch is {epoch}, and was {self.epoch}")
 
-    def _enter(self, names: Sequence[str], event: Message | Record, time: float) -> bool:
+    def _enter(self, names: Sequence[str], event: Message | Record, time: float) -> None:
         position = self._offset + event.seq
         if not event.wire:
-            ended = [self._books.end_channel(name, position) for name in names]
-            return any(ended)
+            for name in names:
+                self._books.end_channel(name, position)
+            return
         # What is older than the epoch may lack something behind it: no cursor for its id.
         own_id = event.id if event.seq > self._base else None
         wire = event.wire
         if event.id is None:
             wire = with_id(wire, f"{self.epoch}-{event.seq}".encode())
-        return bool(names) and self._books.append(names, Entry(position, time, own_id, wire))
+        self._books.append(names, Entry(position, time, own_id, wire))
 
     def take_changed(self) -> dict[str, int]:
         """Return how many subscribers the channels have whose number may have changed.

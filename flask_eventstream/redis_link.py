@@ -117,7 +117,7 @@ class RedisLink:
     def _refusal(self, error: Exception) -> Exception:
         if str(error).startswith(MINTED):
             return MintedIdError()
-        return BrokerUnavailableError(self.address, f"refused: {error}")
+        return BrokerUnavailableError(self.address, f"refused: {error}", is_refusal=True)
 
     def listen(self) -> Listener:
         """Return a connection of its own for messages, not connected yet."""

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from .redis_link import RedisLink
     from .redis_scripts import Keys
@@ -37,37 +37,51 @@ class Presence:
         self._link = link
         self._keys = keys
         self.key = keys.process(self._token)
-        self._told: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
+        self._untold: set[str] = set()
         self._next_renewal = 0.0
+        self._has_failed = False
 
     def tell(self, changed: Mapping[str, int], total: int) -> None:
         """Tell the numbers that have changed, and renew the lease if it is time.
 
         :param changed: the number of subscribers of each channel where it may have changed.
         :param total: how many there are in all.
-        :raises BrokerUnavailableError: if Redis did not answer, or refused.
+        :raises BrokerUnavailableError: if Redis did not answer, or refused. It is not asked again
+            before the next renewal.
         """
+        self._note(changed)
         now = time.monotonic()
-        news = {name: count for name, count in changed.items() if count != self._told.get(name, 0)}
-        self._told.update(news)
-        if now < self._next_renewal and not news:
+        if now < self._next_renewal and (self._has_failed or not self._untold):
             return
-        gone = [name for name, count in news.items() if not count]
-        for name in gone:
-            del self._told[name]
+        self._next_renewal, self._has_failed = now + RENEWAL_SECONDS, True
+        gone = [name for name in self._untold if name not in self._counts]
         lives, *_ = self._link.pipeline(
             [
                 ("EXPIRE", self.key, LEASE_SECONDS),
                 *([("HDEL", self.key, *gone)] if gone else []),
-                ("HSET", self.key, *_flat({"": total, **news}, gone)),
+                ("HSET", self.key, "", total, *self._numbers_of(self._untold)),
                 ("EXPIRE", self.key, LEASE_SECONDS),
                 ("SADD", self._keys.processes, self._token),
             ]
         )
-        self._next_renewal = now + RENEWAL_SECONDS
-        if not lives and self._told:
-            # It is new, or was lost: then all has to be told.
-            self._link.pipeline([("HSET", self.key, *_flat(self._told, ()))])
+        if not lives and self._counts:
+            # The hash is new, or was lost: then all has to be told.
+            self._link.pipeline([("HSET", self.key, *self._numbers_of(self._counts))])
+        self._untold.clear()
+        self._has_failed = False
+
+    def _note(self, changed: Mapping[str, int]) -> None:
+        for name, count in changed.items():
+            if count != self._counts.get(name, 0):
+                self._counts[name] = count
+                self._untold.add(name)
+            if not count:
+                self._counts.pop(name, None)
+
+    def _numbers_of(self, names: Iterable[str]) -> list[Any]:
+        known = [name for name in names if name in self._counts]
+        return [each for name in known for each in (name, self._counts[name])]
 
     def leave(self) -> None:
         """Be counted out at once."""
@@ -86,7 +100,3 @@ class Presence:
         if dead:
             self._link.pipeline([("SREM", self._keys.processes, *dead)])
         return sum(int(count or 0) for _, count in counts)
-
-
-def _flat(counts: Mapping[str, int], without: Any) -> list[Any]:
-    return [each for name, n in counts.items() if name not in without for each in (name, n)]

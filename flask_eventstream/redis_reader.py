@@ -249,6 +249,8 @@ class RedisReader:
         try:
             self._presence.tell(counts, self._total())
         except BrokerUnavailableError as error:
+            if not error.is_refusal:
+                raise
             # A server that is full refuses this, and what it sends is heard nevertheless.
             _logger.warning("The number of subscribers could not be told: %s", error)
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def books(seconds: float = 10) -> Channels:
-    return Channels(partial(History, 3, seconds, 0, 1), seconds)
+    channels = Channels(partial(History, 3, seconds, 0, 1), seconds)
+    channels.position = 10
+    return channels
 
 
 def entry(seq: int, now: float = 0) -> Entry:
@@ -51,6 +53,40 @@ def test_a_watch_is_told_of_the_sets_that_have_news_and_of_no_others() -> None:
     assert rung == [1]
     assert names(channels.news(watch)) == {("a",), ("a", "b")}
     assert channels.news(watch) == set()
+
+
+def test_what_lies_ahead_of_the_position_is_news_once_that_gets_there() -> None:
+    channels = books()
+    watch = channels.watch(print)
+    sets = [join(channels, "a"), join(channels, "b")]
+    channels.append(["a"], entry(12))
+    channels.end([sets[1]], 13)
+    assert channels.news(watch) == set()
+    assert not channels.advance(11)
+    assert channels.advance(12)
+    assert channels.news(watch) == {sets[0]}
+    assert channels.advance(20)
+    assert channels.news(watch) == {sets[1]}
+    assert not channels.advance(15)
+    assert channels.position == 20
+
+
+def test_a_discarded_channel_gives_its_readers_one_last_event() -> None:
+    channels = books()
+    channel_set = join(channels, "a")
+    watch = channels.watch(print)
+    channels.discard("a", entry(11))
+    channels.discard("unknown", entry(11))
+    assert list(channels) == []
+    assert channels.count("a") == 0
+    assert channels.advance(11)
+    assert channels.news(watch) == {channel_set}
+    assert channel_set.channels[0].history.after(10) == [entry(11)]
+    assert channel_set.end == 11
+    again = join(channels, "a")
+    channels.leave(channel_set, now=0)
+    assert (channels.subscriptions, channels.count("a")) == (1, 1)
+    assert again is not channel_set
 
 
 def test_each_watch_has_news_of_its_own() -> None:
