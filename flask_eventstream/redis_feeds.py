@@ -118,29 +118,36 @@ class Feeds:
         if sync.epoch == self.epoch:
             return
         if self.epoch:
-            for name in self._feeds:
-                self.start_over(name)
-            # One for the reset, and one so that a position tells the epoch.
-            self._books.advance(self._books.position + 1)
+            # One more, so that a position tells the epoch.
+            self._books.advance(max([0, *map(self.start_over, self._feeds)]))
             self._offset = self._books.position + 1
         self.epoch, self._base = sync.epoch, sync.base
         self._epochs.append((self._offset, sync.epoch))
 
-    def start_over(self, name: str) -> None:
-        """End who reads a channel with a ``reset``, and have its stream read anew."""
-        position = self._books.position
+    def start_over(self, name: str) -> int:
+        """End who reads a channel with a ``reset``, and have its stream read anew.
+
+        :returns: the position of the ``reset``.
+        """
+        feed = self._feeds[name]
+        position = self._offset + self._entered(feed)
         cursor = self.mint(position)
         # Its id is the place before it: who returns with that is told again, and then gets what
         # there is.
         wire = encode_reset(cursor, None, cursor)
         self._books.discard(name, Entry(position + 1, self._clock(), None, wire))
-        self._feeds[name].loaded = None
+        feed.loaded, feed.last = None, 0
         self.unloaded.add(name)
+        return position + 1
+
+    def _entered(self, feed: Feed) -> int:
+        # If the connection is lost again soon, more was read than has become visible.
+        return max(feed.last, self._books.position - self._offset)
 
     def first_wanted(self, name: str) -> int:
         """Return the number from which on the stream of a channel has to be read."""
         feed = self._feeds[name]
-        return 0 if feed.loaded is None else self._books.position - self._offset + 1
+        return 0 if feed.loaded is None else self._entered(feed) + 1
 
     def load(self, name: str, sync: Sync, records: list[Record]) -> bool:
         """Enter what the stream of a channel has from :meth:`first_wanted` on.
@@ -152,12 +159,11 @@ class Feeds:
         if feed.loaded is None:
             self._books.open(name, self._clock(), self._offset + before)
             feed.last = 0
-        elif before > self._books.position - self._offset:
+        elif before > self._entered(feed):
             self.start_over(name)
             return False
         for record in records:
-            # Those before were read already, if the connection was lost again soon after.
-            if feed.last < record.seq <= sync.seq:
+            if record.seq <= sync.seq:
                 self._enter([name], record, self._clock() - (sync.time - record.time) / 1000)
                 feed.last = record.seq
         feed.loaded = self._offset + sync.seq

