@@ -224,9 +224,10 @@ class Channels:
         for channel_set in channel_sets:
             ended += channel_set.size
             if channel_set.end is None:
+                channel_set.end = position
                 # Who subscribes from now on joins another.
                 del self._sets[channel_set.names]
-            channel_set.end = min(position, channel_set.end or position)
+            channel_set.end = min(position, channel_set.end)
             for channel in channel_set.channels:
                 self._stir(channel, position)
         return ended
