@@ -144,7 +144,7 @@ def print_tables(results: Results) -> None:
             lines = _lines(results, subscribers, columns)
             if len(lines) > 1:
                 print(f"\n{subscribers:,} subscribers, {title}\n")
-                _print_columns(lines)
+                print_columns(lines)
 
 
 def _lines(results: Results, subscribers: int, columns: Sequence[Column]) -> list[list[str]]:
@@ -168,7 +168,7 @@ def _cell(results: Results, name: str, subscribers: int, column: Column, sets: s
     return text + (" " * len(" ( 1.00 x)") if name == LIMIT else f" ({ratio:5.2f} x)")
 
 
-def _print_columns(lines: Sequence[Sequence[str]]) -> None:
+def print_columns(lines: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for name, *cells in lines:
         right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))

@@ -100,34 +100,40 @@ def servers() -> dict[str, Server]:
         Server("sse-starlette", partial(_uvicorn, "sse_starlette_app", ["sse_starlette"])),
         Server("FastAPI", partial(_uvicorn, "fastapi_app", ["fastapi"])),
         Server("Flask with queues", _flask_with_queues),
-        Server("Flask-SSE", _flask_sse, most=1_000, answers_at_once=False),
+        flask_sse(),
     ]
     return {server.name: server for server in found}
 
 
 def _ours() -> list[Server]:
     found = [
-        _gunicorn_ours("gevent"),
-        _gunicorn_ours("gthread", has_threads=True),
-        _gunicorn_ours("sync"),
+        gunicorn_ours("gevent"),
+        gunicorn_ours("gthread", has_threads=True),
+        gunicorn_ours("sync"),
         _script_ours("gevent-pywsgi", ["gevent"]),
         _script_ours("werkzeug", has_threads=True),
-        _gunicorn_ours("gevent", "iterator"),
+        gunicorn_ours("gevent", "iterator"),
         # A thread for each subscriber.
-        _gunicorn_ours("gthread", "iterator", most=1_000, has_threads=True),
+        gunicorn_ours("gthread", "iterator", most=1_000, has_threads=True),
         _script_ours("gevent-pywsgi", ["gevent"], "iterator"),
         _script_ours("werkzeug", (), "iterator", most=1_000, has_threads=True),
     ]
     return [server._replace(is_ours=True) for server in found]
 
 
-def _gunicorn_ours(
-    worker: str, road: str = "hub", most: int = 10_000, has_threads: bool = False
+def gunicorn_ours(
+    worker: str,
+    road: str = "hub",
+    most: int = 10_000,
+    has_threads: bool = False,
+    broker_url: str = "memory://",
 ) -> Server:
+    """Return this package in gunicorn, with one worker."""
+
     def commands(stage: Stage) -> list[Command]:
         threads = stage.subscribers + 16 if road == "iterator" else 8
         options = ["--threads", str(threads)] if worker == "gthread" else []
-        app = f"ours:create_app({road != 'iterator'})"
+        app = f"ours:create_app({road != 'iterator'}, {broker_url!r})"
         return [_gunicorn(stage, worker, app, options)]
 
     return Server(_name(f"gunicorn-{worker}", road), commands, most, has_threads=has_threads)
@@ -194,13 +200,28 @@ def _flask_with_queues(stage: Stage) -> list[Command]:
     return [_gunicorn(stage, "gevent", "queues_app:create_app()")]
 
 
-def _flask_sse(stage: Stage) -> list[Command]:
+def flask_sse(redis_url: str = "") -> Server:
+    """Return Flask-SSE, with a Redis server of its own unless it is given one."""
+    return Server("Flask-SSE", partial(_flask_sse, redis_url), most=1_000, answers_at_once=False)
+
+
+def _flask_sse(redis_url: str, stage: Stage) -> list[Command]:
     _need_modules(["flask_sse"])
-    port = str(free_port())
-    redis = [_need_program("redis-server"), "--port", port, "--bind", "127.0.0.1"]
-    app = f"flask_sse_app:create_app('redis://127.0.0.1:{port}')"
+    own = stage._replace(port=free_port())
+    redis = [] if redis_url else _redis(own)
+    redis_url = redis_url or f"redis://127.0.0.1:{own.port}"
+    return [*redis, _gunicorn(stage, "gevent", f"flask_sse_app:create_app({redis_url!r})")]
+
+
+def redis_server() -> Server:
+    """Return a Redis server, which keeps nothing on the disk."""
+    return Server("Redis", _redis)
+
+
+def _redis(stage: Stage) -> list[Command]:
+    redis = [_need_program("redis-server"), "--port", str(stage.port), "--bind", "127.0.0.1"]
     # An empty text is no schedule for saving to the disk.
-    return [[*redis, "--save", "", "--dir", str(stage.folder)], _gunicorn(stage, "gevent", app)]
+    return [[*redis, "--save", "", "--dir", str(stage.folder)]]
 
 
 def _nchan(stage: Stage) -> list[Command]:

@@ -15,7 +15,7 @@ from fanout_servers import Cpu, Running, Server, running
 from flask_eventstream import EventStreamParser
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fanout_clients import Crowd, Report
 
@@ -86,7 +86,7 @@ def measure(server: Server, subscribers: int, sets: str, load: Load, crowd: Crow
     with running(server, subscribers) as found:
         try:
             check(found, sets, load.size)
-            figures = _Session(found, subscribers, sets, load, crowd).measure()
+            figures = Session(found, subscribers, sets, load, crowd).measure()
         except (OSError, HTTPException) as error:
             crowd.disconnect()
             raise WrongError(f"{error!r}; {found.last_words()}") from error
@@ -162,6 +162,11 @@ def stamped(size: int, number: int | None = None) -> str:
     return start + "x" * max(0, size - len(start) - 1) + "~"
 
 
+def unstamped(size: int) -> str:
+    """Return data for who puts the number and the time in front."""
+    return stamped(size, 10).partition("@")[2].partition("@")[2]
+
+
 def check(found: Running, sets: str, size: int) -> None:
     """Publish a few events to a few subscribers.
 
@@ -230,7 +235,7 @@ def burst(found: Running, publisher: Publisher, body: str, count: int = BURST_EV
     return b""
 
 
-class _Session:
+class Session:
     def __init__(
         self, found: Running, subscribers: int, sets: str, load: Load, crowd: Crowd
     ) -> None:
@@ -245,8 +250,8 @@ class _Session:
         figures = self._lonely()
         if self._does("publish", self._server.is_ours):
             figures |= self._timed_publish("publish_alone")
-        figures |= self._connect()
-        self._warm_up()
+        figures |= self.connect()
+        self.warm_up()
         if self._does("steady"):
             figures |= self._paces()
         if self._does("burst", self._subscribers <= BURST_MOST):
@@ -269,7 +274,7 @@ class _Session:
         spent = self._found.cpu().total - before.total
         return {"request.cpu_us": spent / LONELY_EVENTS * 1e6}
 
-    def _connect(self) -> Figures:
+    def connect(self) -> Figures:
         targets = [self._server.target(one, self._sets) for one in range(self._subscribers)]
         # The first ones start threads, and fill pools and caches, which the others find.
         first = len(targets) // 10
@@ -292,7 +297,7 @@ class _Session:
         settle(self._found)
         return seconds
 
-    def _warm_up(self) -> None:
+    def warm_up(self) -> None:
         """Publish until an event has reached all, since a head may come before its subscription."""
         with closing(Publisher(self._found.port)) as publisher:
             for _ in range(WARM_UPS):
@@ -314,23 +319,30 @@ class _Session:
         return figures
 
     def _pace(self, name: str, interval: float, events: int) -> Figures:
-        figures = self._steady(name, interval, events)
+        figures = self.steady(name, interval, events)
         if self._server.is_ours:
-            figures |= self._inside(f"{name}_inside", interval, events)
+            figures |= self.inside(f"{name}_inside", interval, events)
         return figures
 
-    def _inside(self, name: str, interval: float, events: int) -> Figures:
+    def inside(self, name: str, interval: float, events: int) -> Figures:
         """The same, published by a view that goes on and on, without a request for each event."""
+
+        def publish() -> None:
+            body = unstamped(self._load.size)
+            with closing(Publisher(self._found.port)) as publisher:
+                publisher.post(f"/publish-every?n={events}&interval={interval}", body)
+
+        return self.published_by(publish, name, events)
+
+    def published_by(self, publish: Callable[[], object], name: str, events: int) -> Figures:
+        """Have so many events published by a function, which gives them number and time."""
         self._crowd.record()
         before = self._found.cpu()
-        # The view puts the number and the time in front.
-        body = stamped(self._load.size, 10).partition("@")[2].partition("@")[2]
-        with closing(Publisher(self._found.port)) as publisher:
-            publisher.post(f"/publish-every?n={events}&interval={interval}", body)
+        publish()
         self._crowd.wait(events, DRAIN_SECONDS)
         return self._deliveries(name, before, events)
 
-    def _steady(self, name: str, interval: float, events: int) -> Figures:
+    def steady(self, name: str, interval: float, events: int) -> Figures:
         self._crowd.record()
         before = self._found.cpu()
         start = time.monotonic()
@@ -389,12 +401,13 @@ class _Session:
             "helpers_us": (after.helpers - before.helpers) / report.received * 1e6,
             "user_us": (after.user - before.user) / report.received * 1e6,
             "system_us": (after.system - before.system) / report.received * 1e6,
+            "received": float(report.received),
             "lost": float(published * self._subscribers - report.received),
             "out_of_order": float(report.out_of_order),
             "ended": float(report.ended),
             "thousand_per_second": _thousand_per_second(report),
-            **_percentiles([ns / 1e6 for ns in report.latencies], "ms"),
-            **_percentiles(_reach(report), "reach_ms"),
+            **percentiles([ns / 1e6 for ns in report.latencies], "ms"),
+            **percentiles(_reach(report), "reach_ms"),
         }
         return {f"{name}.{key}": figure for key, figure in figures.items()}
 
@@ -415,7 +428,7 @@ class _Session:
         for unit, values in zip(
             ("cold_us", "wall_us", "cpu_us"), zip(*calls, strict=True), strict=True
         ):
-            figures |= _percentiles([ns / 1e3 for ns in values], unit)
+            figures |= percentiles([ns / 1e3 for ns in values], unit)
         return {f"{name}.{key}": figure for key, figure in figures.items()}
 
     def _busy(self) -> Figures:
@@ -446,7 +459,7 @@ def _reach(report: Report) -> list[float]:
     return [(last - published) / 1e6 for published, last in report.reached.values()]
 
 
-def _percentiles(values: Sequence[float], unit: str) -> Figures:
+def percentiles(values: Sequence[float], unit: str) -> Figures:
     ordered = sorted(values)
     last = len(ordered) - 1
     return {

@@ -86,7 +86,7 @@ class RedisBroker(LocalBroker):
         self._keep = max(history, LEAST_KEPT)
         self._seconds = math.ceil(history_seconds) + MARGIN_SECONDS
         # How far the clock of Redis is ahead of ours, in seconds; not known yet.
-        self._clock_ahead: float | None = None
+        self._clock_ahead = math.nan
         self._doubtful = threading.local()
         super().__init__(
             history=history,
@@ -159,9 +159,6 @@ class RedisBroker(LocalBroker):
         # A command that waited in a server that stood still must not be done once we have given it
         # up and sent another. It is Redis that looks at the clock, so it is told in its time, as of
         # its latest answer. What that took makes it too early, and never too late.
-        if self._clock_ahead is None:
-            [[seconds, microseconds]] = self._link.pipeline([("TIME",)])
-            self._clock_ahead = seconds + microseconds / 1e6 - time.monotonic()
         latest = time.monotonic() + self._link.patience + self._clock_ahead
         return str(int(latest * 1000))
 
@@ -170,6 +167,9 @@ class RedisBroker(LocalBroker):
     ) -> tuple[str, int]:
         keys = (self._keys.state, self._keys.marks, *[self._keys.channel(name) for name in names])
         deadline = time.monotonic() + self._timeout / 2
+        if math.isnan(self._clock_ahead):
+            [[seconds, microseconds]] = self._link.pipeline([("TIME",)])
+            self._clock_ahead = seconds + microseconds / 1e6 - time.monotonic()
         while True:
             epoch, last, now = self._link.call(_publish, keys, arguments)
             self._clock_ahead = now / 1000 - time.monotonic()

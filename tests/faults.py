@@ -232,8 +232,9 @@ class Proxy:
     def __init__(self, target: int) -> None:
         self.port = free_port()
         self._target = target
-        self._is_lossy = False
+        self._is_lossy = self._loses_answers = False
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._subscribed: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.create_server(("127.0.0.1", self.port))
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -241,10 +242,18 @@ class Proxy:
         """Take what comes over all connections, new ones included, and pass nothing on."""
         self._is_lossy = True
 
+    def lose_answers(self) -> None:
+        """Pass on what clients send, and nothing of what comes back."""
+        self._loses_answers = True
+
+    def lose_messages(self) -> None:
+        """Lose what comes over the connections that are subscribed by now."""
+        self._pairs[:] = [pair for pair in self._pairs if pair not in self._subscribed]
+
     def heal(self) -> None:
         """Pass on what comes over new connections; the old ones stay as they are."""
         self._pairs.clear()
-        self._is_lossy = False
+        self._is_lossy = self._loses_answers = False
 
     def _accept(self) -> None:
         while True:
@@ -268,7 +277,10 @@ class Proxy:
     ) -> None:
         try:
             while data := one.recv(65536):
-                if pair in self._pairs and not self._is_lossy:
+                is_lost = self._is_lossy or (self._loses_answers and one is pair[1])
+                if b"SUBSCRIBE" in data:
+                    self._subscribed.append(pair)
+                if pair in self._pairs and not is_lost:
                     other.sendall(data)
         except OSError:
             pass  # as ends are

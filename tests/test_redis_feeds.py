@@ -324,3 +324,15 @@ def test_an_own_id_from_before_the_epoch_is_no_cursor(
     [history] = process.books.histories(["a", "unknown"])
     [entry] = history.after(0)
     assert (entry.id, entry.wire) == (None, b"id: mine\ndata: 0\n\n")
+
+
+def test_what_is_newer_than_the_number_that_was_asked_for_comes_by_messages(
+    server: ModelServer, process: Process
+) -> None:
+    server.publish({"a"})
+    sync = server.sync()
+    server.publish({"a"})
+    process.feeds.use(("a",))
+    process.feeds.load("a", sync, server.streams["a"])
+    [history] = process.books.histories(["a"])
+    assert [entry.seq for entry in history.after(0)] == [1]

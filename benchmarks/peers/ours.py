@@ -20,14 +20,16 @@ def may_read(channel: str) -> bool:
     return True
 
 
-def create_app(hijack: bool = True) -> Flask:
+def create_app(hijack: bool = True, broker_url: str = "memory://") -> Flask:
     """Return the app.
 
     :param hijack: whether subscribers' sockets are taken from the server, or its own loop
         iterates each response.
+    :param broker_url: the broker.
     """
     app = Flask("ours")
     app.config["EVENTSTREAM_HIJACK"] = hijack
+    app.config["EVENTSTREAM_BROKER_URL"] = broker_url
     app.config["EVENTSTREAM_MAX_SUBSCRIBERS"] = 1_000_000
     app.register_blueprint(eventstream)
     for view in (publish, burst, publish_every, time_publish, compute):

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flask_eventstream.errors import BrokerUnavailableError, ConfigurationError
+from flask_eventstream.redis_link import LOST, MintedIdError, RedisLink
+from flask_eventstream.redis_scripts import Script
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .redis_server import RedisServer
+
+ONE = Script("return ARGV[1]")
+
+
+@pytest.fixture
+def link(redis: RedisServer) -> Iterator[RedisLink]:
+    one = RedisLink(redis.url, 1, 2)
+    yield one
+    one.close()
+
+
+def test_a_script_is_called_by_its_hash_and_sent_once(link: RedisLink, redis: RedisServer) -> None:
+    redis.redis.script_flush()
+    assert link.call(ONE, (), lambda _: ("x",)) == b"x"
+    assert redis.redis.script_exists(ONE.sha) == [True]
+    assert link.call(ONE, (), lambda is_repeated: (str(is_repeated),)) == b"False"
+
+
+def test_an_attempt_that_fails_is_repeated_and_says_so(link: RedisLink) -> None:
+    attempts: list[bool] = []
+
+    def arguments(is_repeated: bool) -> tuple[str]:
+        attempts.append(is_repeated)
+        if len(attempts) < 4:
+            raise ConnectionResetError
+        return ("x",)
+
+    assert link.call(ONE, (), arguments) == b"x"
+    assert attempts == [False, True, True, True]
+
+
+def test_an_error_of_a_script_is_a_refusal(link: RedisLink) -> None:
+    with pytest.raises(BrokerUnavailableError, match="refused: BROKEN") as caught:
+        link.call(Script("return redis.error_reply('BROKEN by design')"), (), lambda _: ())
+    assert caught.value.is_refusal
+    with pytest.raises(MintedIdError):
+        link.call(Script("return redis.error_reply('MINTED a-1')"), (), lambda _: ())
+
+
+def test_more_callers_than_connections_wait_for_their_turn(link: RedisLink) -> None:
+    results: list[bytes] = []
+
+    def call(n: int) -> None:
+        results.append(link.call(ONE, (), lambda _: (n,)))
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == sorted(b"%d" % n for n in range(20))
+
+
+def test_a_server_that_never_answers_is_given_up_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        link = RedisLink(f"redis://127.0.0.1:{silent.getsockname()[1]}", 0.4, 2)
+        begin = time.monotonic()
+        with pytest.raises(BrokerUnavailableError, match=r"no answer within 0\.4 s"):
+            link.pipeline([("PING",)])
+        assert time.monotonic() - begin < 0.6
+        link.close()
+
+
+def test_a_listener_hears_what_it_is_subscribed_to(link: RedisLink, redis: RedisServer) -> None:
+    listener = link.listen()
+    listener.connect()
+    listener.send("SUBSCRIBE", [b"news"])
+    assert listener.read() == [b"subscribe", b"news", 1]
+    assert not listener.has_message(0)
+    redis.redis.publish("news", "x")
+    assert listener.has_message(5)
+    assert listener.read() == [b"message", b"news", b"x"]
+    redis.redis.client_kill_filter(_type="pubsub", skipme=True)
+    with pytest.raises(LOST):
+        listener.has_message(5)
+    listener.close()
+
+
+@pytest.mark.parametrize("url", ["http://x", "redis://x/0?socket_timeout=soon", "redis://x:port"])
+def test_a_url_that_cannot_be_used_is_an_error_without_its_secrets(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be used") as caught:
+        RedisLink(url.replace("//", "//:secret@"), 1, 1)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_database_is_known_without_asking() -> None:
+    urls = ["redis://x", "redis://x/3", "unix:///x?db=4", "redis://x?db=5"]
+    assert [RedisLink(url, 1, 1).database for url in urls] == [0, 3, 4, 5]

@@ -1,0 +1,149 @@
+"""The reader's own rules; what it makes of a lost connection is in test_redis_faults."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flask_eventstream import redis_reader
+from flask_eventstream.errors import BrokerUnavailableError
+from flask_eventstream.redis_broker import RedisBroker
+
+from .faults import proxy
+from .redis_server import RedisServer, redis_server
+from .servers import wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from flask_eventstream import Subscription
+    from flask_eventstream.redis_scripts import Sync
+
+
+@pytest.fixture
+def broker(redis: RedisServer) -> Iterator[RedisBroker]:
+    one = RedisBroker(redis.url, key_prefix=redis.prefix())
+    yield one
+    one.close()
+
+
+def has_come(subscription: Subscription) -> bool:
+    return b"data: x" in (subscription.take(0.1) or b"")
+
+
+def test_many_channels_are_followed_at_once(broker: RedisBroker, redis: RedisServer) -> None:
+    names = [f"user:{n}" for n in range(2500)]
+    broker.publish_many(["before"], channel=names[:20])
+    subscriptions = [broker.subscribe(*names[:20], history=1), broker.subscribe(*names[20:])]
+    assert b"data: before" in subscriptions[0].start
+    redis.redis.client_kill_filter(_type="pubsub", skipme=True)
+    broker.publish("x", channel=names[::100])
+    for subscription in subscriptions:
+        wait_for(partial(has_come, subscription))
+        subscription.close()
+    wait_for(lambda: len(broker._reader._heard) == 0)
+
+
+def test_silence_is_broken_by_asking(broker: RedisBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "_SILENCE_SECONDS", 0.2)
+    subscription = broker.subscribe()
+    asked: list[float] = []
+    sync = broker._reader.sync
+
+    def note() -> Sync:
+        asked.append(time.monotonic())
+        return sync()
+
+    monkeypatch.setattr(broker._reader, "sync", note)
+    wait_for(lambda: len(asked) >= 3)
+    assert broker._reader.is_connected
+    subscription.close()
+
+
+def test_a_connection_that_has_died_without_a_word_is_replaced(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(redis_reader, "_SILENCE_SECONDS", 0.2)
+    prefix = redis.prefix()
+    with proxy(redis.port) as between:
+        here = RedisBroker(redis.url, key_prefix=prefix)
+        there = RedisBroker(f"redis://127.0.0.1:{between.port}", key_prefix=prefix)
+        subscription = there.subscribe()
+        # Only what hears, so that it is silence that tells.
+        between.lose_messages()
+        here.publish("x")
+        wait_for(partial(has_come, subscription))
+        assert "nothing was heard for" in caplog.text
+        here.close()
+        there.close()
+
+
+def test_a_reader_that_is_stopped_before_it_connects_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with redis_server(tmp_path) as server:
+        broker = RedisBroker(server.url, timeout=0.4)
+        server.kill()
+        with pytest.raises(BrokerUnavailableError, match="nothing was heard of it"):
+            broker.subscribe()
+        broker.close()
+        wait_for(lambda: "not counted out" in caplog.text)
+        server.start()
+
+
+def test_a_broker_that_never_subscribed_closes_its_connections(redis: RedisServer) -> None:
+    before = len(redis.redis.client_list())
+    broker = RedisBroker(redis.url, key_prefix=redis.prefix())
+    broker.publish("x")
+    assert len(redis.redis.client_list()) == before + 1
+    broker.close()
+    wait_for(lambda: len(redis.redis.client_list()) == before)
+
+
+def test_a_full_server_is_heard_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with redis_server(tmp_path) as server:
+        broker = RedisBroker(server.url)
+        subscription = broker.subscribe()
+        broker.publish("x")
+        server.redis.config_set("maxmemory", 1)
+        another = broker.subscribe("another")
+        wait_for(lambda: "could not be told" in caplog.text)
+        server.redis.config_set("maxmemory", 0)
+        broker.publish("y", channel=["sse", "another"])
+        assert b"data: y" in (another.take(10) or b"")
+        assert b"data: y" in (subscription.take(10) or b"")
+        assert "is tried again" not in caplog.text
+        broker.close()
+
+
+def test_a_flood_of_messages_does_not_keep_the_reader_from_all_else(
+    broker: RedisBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_reader, "_MESSAGES_IN_A_ROW", 2)
+    subscription = broker.subscribe()
+    broker.publish_many(["y"] * 500 + ["x"])
+    wait_for(partial(has_come, subscription))
+
+
+def test_a_server_that_does_not_answer_is_left_at_once(
+    broker: RedisBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    subscription = broker.subscribe()
+    tell = broker._presence.tell
+
+    def fail(*arguments: object) -> None:
+        monkeypatch.setattr(broker._presence, "tell", tell)
+        raise BrokerUnavailableError("redis://x", "no answer")
+
+    monkeypatch.setattr(broker._presence, "tell", fail)
+    wait_for(lambda: "is tried again: redis://x: no answer" in caplog.text)
+    broker.publish("x")
+    wait_for(partial(has_come, subscription))
