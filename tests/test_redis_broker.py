@@ -203,6 +203,7 @@ def test_what_a_client_missed_is_replayed_or_a_reset(
     cursor = one.publish("before")
     numbers = [str(n) for n in range(missed)]
     one.publish_many(numbers)
+    assert data(keep, missed + 1) == ["before", *numbers]
     # In a process that has followed the channel, and in one that has not.
     for broker in (two, three):
         replayed = start(broker.subscribe(last_event_id=cursor))
