@@ -4,12 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 HOST ?= 127.0.0.1
 PORT ?= 8000
+WORKERS ?= 1
 
 .PHONY: example test lint docs bench clean
 
 example: $(VENV)/.example
 	@echo "Open http://$(HOST):$(PORT)/ in two tabs. Ctrl-C ends it."
-	$(BIN)/gunicorn -k gevent -b $(HOST):$(PORT) "example_app:create_app()"
+ifdef REDIS
+	sh tests/install_system_parts.sh redis
+endif
+	$(if $(REDIS),sh example_app/with_redis.sh) \
+		$(BIN)/gunicorn -k gevent -w $(WORKERS) -b $(HOST):$(PORT) "example_app:create_app()"
 
 test: $(VENV)/.test
 	sh tests/install_system_parts.sh

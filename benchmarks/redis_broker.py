@@ -34,7 +34,7 @@ from fanout_report import Bar, print_bars, print_columns
 from fanout_servers import program_versions, redis_server, running
 from fanout_session import Load, percentiles
 from measuring import print_machine
-from redis_sessions import FLASK_SSE, INSIDE, LAP, MEMORY, OUTSIDE, WORKERS, Found, Rounds, publish
+from redis_sessions import FLASK_SSE, INSIDE, MEMORY, OUTSIDE, WORKERS, Found, Rounds, publish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +91,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare what the broker in Redis costs.")
     add = parser.add_argument
     add("--rounds", type=int, default=4, help="with new processes, 4 by default")
-    add("--seconds", type=float, default=2.0, help="of a lap, 2 by default")
+    add("--seconds", type=float, default=1.5, help="of a lap, 1.5 by default")
     add("--subscribers", type=int, default=1_000, help="of each server, 1,000 by default")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser.parse_args()
@@ -131,7 +131,7 @@ def _print_deliveries(found: Found, subscribers: int) -> None:
     lines = [["", *heads, "Redis CPU us", "p50 ms", "p99 ms", "lost"]]
     for worker in WORKERS:
         for case in (MEMORY, INSIDE, OUTSIDE, FLASK_SSE):
-            if found.figures(worker, case, f"{LAP}.cpu_us"):
+            if found.figures(worker, case, "cpu_us"):
                 label = f"{worker}: {case}"
                 lines.append([label, *_delivery_cells(found, worker, case, subscribers)])
     print_columns(lines)
@@ -139,28 +139,19 @@ def _print_deliveries(found: Found, subscribers: int) -> None:
 
 def _delivery_cells(found: Found, worker: str, case: str, subscribers: int) -> list[str]:
     first, *rest = [
-        form.format(median(found.figures(worker, case, f"{LAP}.{key}")))
+        form.format(median(found.figures(worker, case, key).values()))
         for key, form in LAP_FORMATS.items()
     ]
     ratios = _ratios(found, worker, case)
     if case == MEMORY or not ratios:
         return [first, *["-"] * 4, *rest]
     numbers = [f"{number:.2f}" for number in (median(ratios), min(ratios), max(ratios))]
-    return [first, *numbers, f"{_more(found, worker, case) * subscribers:,.0f}", *rest]
+    more = median(own - memory for own, memory in found.pairs(worker, case)) * subscribers
+    return [first, *numbers, f"{more:,.0f}", *rest]
 
 
 def _ratios(found: Found, worker: str, case: str) -> list[float]:
-    return [own / memory for own, memory in _pairs(found, worker, case)]
-
-
-def _more(found: Found, worker: str, case: str) -> float:
-    return median(own - memory for own, memory in _pairs(found, worker, case))
-
-
-def _pairs(found: Found, worker: str, case: str) -> list[tuple[float, float]]:
-    own, memory = (found.figures(worker, name, f"{LAP}.cpu_us") for name in (case, MEMORY))
-    # A server that could not take part in a lap has none of which one knows the other's.
-    return list(zip(own, memory, strict=True)) if len(own) == len(memory) else []
+    return [own / memory for own, memory in found.pairs(worker, case)]
 
 
 def _print_connections(found: Found, subscribers: int) -> None:

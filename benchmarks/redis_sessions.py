@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     Figures = dict[str, float]
     Act = Callable[[], Figures]
 
-LAPS = 2
-"""How often the servers of a round take turns: new processes may be faster or slower for good."""
+LAPS = 3
+"""How often our servers of a round take turns. The peer has one: it is slow, and far from any bar."""
 MEMORY, INSIDE, OUTSIDE = "MemoryBroker", "RedisBroker", "RedisBroker, from outside"
 FLASK_SSE = "Flask-SSE"
 WORKERS = ("gevent", "gthread")
@@ -37,12 +37,14 @@ UNABLE = (AbsentError, CrowdError, WrongError, OSError, HTTPException)
 class Lap(NamedTuple):
     """What a server did in one lap.
 
+    :param number: counts the laps of all rounds.
     :param figures: those of ``fanout_session.py``, and ``redis_us``: the CPU time of Redis for a
         delivery.
     """
 
     worker: str
     case: str
+    number: int
     figures: Figures
 
 
@@ -58,10 +60,15 @@ class Found:
         self.connections: dict[tuple[str, str], list[int]] = {}
         self.absent: dict[str, str] = {}
 
-    def figures(self, worker: str, case: str, key: str) -> list[float]:
-        """Return a figure of all laps."""
+    def figures(self, worker: str, case: str, key: str) -> dict[int, float]:
+        """Return a figure of all laps, by their numbers."""
         laps = (lap for lap in self.laps if (lap.worker, lap.case) == (worker, case))
-        return [lap.figures[key] for lap in laps]
+        return {lap.number: lap.figures[f"{LAP}.{key}"] for lap in laps}
+
+    def pairs(self, worker: str, case: str) -> list[tuple[float, float]]:
+        """Return the CPU time of a delivery beside that of the broker in memory, of each lap."""
+        own, memory = (self.figures(worker, name, "cpu_us") for name in (case, MEMORY))
+        return [(own[number], memory[number]) for number in own.keys() & memory.keys()]
 
 
 class Rounds:
@@ -82,18 +89,19 @@ class Rounds:
         """Take them."""
         for number in range(self._options.rounds):
             for worker in WORKERS:
-                self._take_one(worker)
+                self._take_one(worker, number * LAPS)
                 _tell(f"round {number + 1}: {worker}")
 
-    def _take_one(self, worker: str) -> None:
+    def _take_one(self, worker: str, first: int) -> None:
         with ExitStack() as stack:
             acts: dict[str, Act] = {}
             for name, server in self._servers(worker).items():
                 session = self._entered(stack, worker, name, server)
                 acts |= self._acts(name, session) if session else {}
-            for _ in range(LAPS):
+            for number in range(first, first + LAPS):
                 for case, act in acts.items():
-                    self._take_lap(worker, case, act)
+                    if case != FLASK_SSE or number == first:
+                        self._take_lap(worker, case, number, act)
 
     def _servers(self, worker: str) -> dict[str, Server]:
         ours = gunicorn_ours(worker)._replace(is_ours=True)
@@ -138,7 +146,7 @@ class Rounds:
             "publish-every", self.url, str(load.events), str(load.interval), unstamped(load.size)
         )
 
-    def _take_lap(self, worker: str, case: str, act: Act) -> None:
+    def _take_lap(self, worker: str, case: str, number: int, act: Act) -> None:
         before = self._redis.cpu().total
         try:
             figures = act()
@@ -147,7 +155,7 @@ class Rounds:
             return
         spent = self._redis.cpu().total - before
         figures[f"{LAP}.redis_us"] = spent / figures[f"{LAP}.received"] * 1e6
-        self.found.laps.append(Lap(worker, case, figures))
+        self.found.laps.append(Lap(worker, case, number, figures))
 
     def _note_absence(self, worker: str, name: str, error: Exception) -> None:
         self.found.absent[f"{name}, {worker}"] = str(error)

@@ -1,11 +1,13 @@
 """The example application: a page for each way of streaming to a browser.
 
 Run it with ``gunicorn -k gevent "example_app:create_app()"``, or with
-``gunicorn -k gthread --threads 32 "example_app:create_app()"``.
+``gunicorn -k gthread --threads 32 "example_app:create_app()"``. With ``REDIS_URL`` in the
+environment, for instance ``redis://127.0.0.1``, it may have as many worker processes as you like.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask
@@ -38,6 +40,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     """
     app = Flask(__name__)
     app.config.from_mapping(PACE)
+    app.config["EVENTSTREAM_BROKER_URL"] = os.environ.get("REDIS_URL", "memory://")
     app.config.from_mapping(config or {})
     app.register_blueprint(eventstream, url_prefix="/stream")
     app.register_blueprint(examples)

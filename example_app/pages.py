@@ -84,9 +84,14 @@ def ticks() -> str:
 @pages.get("/broadcast")
 def broadcast() -> str:
     """Let the page connect from now on, however long it takes to load."""
-    functions = [streams.send_message, streams.now, broadcast]
+    functions: list[Callable[..., Any]] = [
+        streams.send_message,
+        streams.message_stream,
+        streams.now,
+        broadcast,
+    ]
     cursor = eventstream.last_event_id()
-    return _page("broadcast", functions, cursor=cursor)
+    return _page("broadcast", functions, cursor=cursor, tab=uuid4())
 
 
 @pages.get("/numbers")

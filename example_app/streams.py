@@ -5,7 +5,9 @@ The pages show the source of these functions beside what they do.
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from flask_eventstream import (
     interval,
     merge,
 )
+from flask_eventstream.errors import BrokerUnavailableError
 
 from .model import answer
 
@@ -100,6 +103,17 @@ def send_message() -> dict[str, str]:
     """Publish; GET too, so that the address bar is enough."""
     message = {"message": field("message"), "at": time.time()}
     return {"id": eventstream.publish(message)}
+
+
+@messages.get("/messages/<uuid:tab>")
+def message_stream(tab: UUID) -> EventStreamResponse:
+    """Stream all messages, and tell the tab which process does."""
+    response = eventstream.subscribe("sse", f"tab:{tab}")
+    # Without a broker the stream ends at once, and the tab returns.
+    with suppress(BrokerUnavailableError):
+        served = {"process": os.getpid()}
+        eventstream.publish(served, type="served", channel=f"tab:{tab}")
+    return response
 
 
 @messages.get("/now")

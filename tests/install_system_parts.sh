@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what the tests need from the system, where that is possible: Debian's packages, as root
 # or with sudo. Elsewhere the tests that need them are skipped by name; with CI=true they fail.
-# "venv" as an argument installs what Python's venv needs instead.
+# As an argument, "venv" installs what Python's venv needs instead, and "redis" a Redis server.
 set -u
 
 missing() {
@@ -9,9 +9,10 @@ missing() {
         echo python3-venv
         return
     fi
+    command -v redis-server >/dev/null || echo redis-server
+    [ "${1:-}" = redis ] && return
     command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
     command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || echo nginx-light
-    command -v redis-server >/dev/null || echo redis-server
     command -v openssl >/dev/null || echo openssl
     command -v node >/dev/null || echo nodejs
     command -v npm >/dev/null || echo npm
@@ -35,7 +36,7 @@ install_packages() {
 }
 
 install_clients() {
-    [ "${1:-}" != venv ] && command -v npm >/dev/null || return 0
+    [ -z "${1:-}" ] && command -v npm >/dev/null || return 0
     clients=$(dirname "$0")/clients
     [ "$clients/node_modules/.package-lock.json" -nt "$clients/package.json" ] && return 0
     npm install --prefix "$clients" --no-package-lock --no-audit --no-fund --loglevel=error \

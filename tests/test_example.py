@@ -19,7 +19,7 @@ from example_app.model import answer
 from example_app.pages import EXAMPLES
 
 from .browser import chromium
-from .servers import ROOT, Server, serving
+from .servers import ROOT, Server, free_port, gunicorn, running, serving, system_part, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -424,6 +424,51 @@ def test_broadcast_survives_a_restart_and_says_what_is_gone(context: BrowserCont
         send(server, "after")
         expect(page.locator("#messages li")).to_have_text(["before", re.compile(gone), "after"])
         context.close()
+
+
+@pytest.fixture
+def many_processes() -> Iterator[Server]:
+    """The example with four processes and a Redis of its own, as ``make example`` starts it."""
+    system_part("redis-server")
+    port = free_port()
+    script = str(ROOT / "example_app" / "with_redis.sh")
+    with running(["sh", script, *gunicorn(APP, "gevent", "--workers=4", port=port)], port) as one:
+        yield one
+
+
+def test_tabs_of_all_processes_get_every_message(
+    many_processes: Server, context: BrowserContext
+) -> None:
+    server = many_processes
+    tabs: dict[str, Page] = {}
+    # The kernel chooses the process, so that it may take some tabs until there are two.
+    for _ in range(40):
+        page = context.new_page()
+        page.goto(f"{server.url}/broadcast")
+        expect(page.locator("#process")).to_have_text(re.compile(r"^\d+$"))
+        process = page.locator("#process").text_content() or ""
+        if tabs.setdefault(process, page) is not page:
+            page.close()
+        if len(tabs) == 2:
+            break
+    assert len(tabs) == 2
+    for number in range(8):
+        send(server, f"{number}.")
+    for page in tabs.values():
+        expect(page.locator("#messages li")).to_have_text([f"{number}." for number in range(8)])
+
+
+def test_the_redis_of_the_example_ends_with_it(many_processes: Server) -> None:
+    shell = many_processes.process.pid
+    children = Path(f"/proc/{shell}/task/{shell}/children").read_text().split()
+    [redis] = [pid for pid in children if "redis-server" in command_of(pid)]
+    many_processes.stop()
+    assert many_processes.process.returncode is not None
+    wait_for(lambda: not Path(f"/proc/{redis}").exists())
+
+
+def command_of(pid: str) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def test_clock_survives_a_restart_and_counts_on(context: BrowserContext) -> None:

@@ -1,16 +1,21 @@
 const $ = (id) => document.getElementById(id);
-let lastEventId = $("demo").dataset.cursor; // of the page's making
+const { cursor, tab } = $("demo").dataset;
+let lastEventId = cursor; // of the page's making
 let cameOnline = 0; // by the server's clock
 let source;
 
 function connect() {
-  source = new EventSource(`/stream?${new URLSearchParams({ lastEventId })}`);
+  source = new EventSource(`/messages/${tab}?${new URLSearchParams({ lastEventId })}`);
   source.onopen = source.onerror = showState;
   source.onmessage = (event) => {
     const { message, at } = JSON.parse(event.data);
     if (at < cameOnline) add(message, event, "missed while offline", "missed");
     else add(message, event);
   };
+  source.addEventListener("served", (event) => {
+    $("process").textContent = JSON.parse(event.data).process;
+    keepId(event);
+  });
   source.addEventListener("reset", (event) => {
     const { requested } = JSON.parse(event.data);
     const text = `Something is gone: what came after ${requested}.`;
@@ -48,6 +53,10 @@ function add(text, event, note = "", kind = "") {
   row.lastChild.textContent = note;
   $("messages").append(row);
   $("messages").scrollTop = $("messages").scrollHeight;
+  keepId(event);
+}
+
+function keepId(event) {
   $("last-event-id").textContent = lastEventId = event.lastEventId;
 }
 

@@ -1,0 +1,25 @@
+#!/bin/sh
+# Runs a command with a Redis of its own, which REDIS_URL names, and which ends with it.
+set -u
+command -v redis-server >/dev/null || { echo "This needs redis-server." >&2; exit 1; }
+folder=$(mktemp -d)
+socket="$folder/redis.sock"
+# In a session of its own, or Ctrl-C would end it before the command has ended.
+setsid redis-server --port 0 --unixsocket "$socket" --save "" --dir "$folder" >"$folder/log" &
+redis=$!
+trap 'kill "$redis"; wait "$redis" 2>/dev/null; rm -rf "$folder"' EXIT
+trap : INT
+tries=0
+until [ -S "$socket" ]; do
+    tries=$((tries + 1))
+    [ "$tries" -lt 100 ] || { cat "$folder/log" >&2; exit 1; }
+    sleep 0.05
+done
+export REDIS_URL="unix://$socket"
+"$@" &
+command=$!
+trap 'kill "$command"' TERM
+# A signal ends the wait, and not yet the command.
+while kill -0 "$command" 2>/dev/null; do
+    wait "$command"
+done
