@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Act = Callable[[], Figures]
 
 LAPS = 3
-"""How often our servers of a round take turns. The peer has one: it is slow, and far from any bar."""
+"""How often our servers of a round take turns. The peer, far from any bar, has one turn."""
 MEMORY, INSIDE, OUTSIDE = "MemoryBroker", "RedisBroker", "RedisBroker, from outside"
 FLASK_SSE = "Flask-SSE"
 WORKERS = ("gevent", "gthread")

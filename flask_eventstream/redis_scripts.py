@@ -13,7 +13,7 @@ With the prefix ``eventstream:`` and the database 0, the keys are:
     event without the id that it gets from its number). An empty ``wire`` ends all who read the
     channel. It expires when nothing was published for a while.
 ``eventstream:0:processes``, ``eventstream:0:process:<token>``
-    Who serves subscribers, and how many of each channel; see :mod:`.redis_presence`.
+    The processes that serve subscribers, and how many of each channel. Each has a lease of its own.
 
 Each event is also published as a message, under the name of its channel's key. Messages know no
 databases, so the name has the number in it. A message is a line ``<epoch> <seq> <milliseconds>
@@ -22,7 +22,7 @@ databases, so the name has the number in it. A message is a line ``<epoch> <seq>
 *prev* is the number of the event before in the same channel, so that a hole can be seen. If Redis
 has forgotten that one, it is a negative number: no event after it can have been there.
 
-The scripts need Redis 5, and are not for a cluster: the keys of all channels must be in one place.
+The scripts are not for a cluster: the keys of all channels must be in one place.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import fields
 from http.client import HTTPConnection, HTTPResponse, IncompleteRead
 from pathlib import Path
+from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +23,7 @@ import pytest
 import flask_eventstream
 from flask_eventstream import EventStreamParser, errors, signals
 from flask_eventstream.config import Config
+from flask_eventstream.redis_broker import RedisBroker
 from flask_eventstream.testing import client_stream
 
 from .browser import chromium
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from flask import Flask
 
     from flask_eventstream import ServerSentEvent
+
+    from .redis_server import RedisServer
 
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text("utf-8")
@@ -79,6 +83,27 @@ def test_every_room_is_in_the_design() -> None:
     page = (DOCS / "design.rst").read_text("utf-8")
     rooms = {path.stem for path in (ROOT / "flask_eventstream").glob("[a-z]*.py")}
     assert not {room for room in rooms if f"``{room}``" not in page}
+
+
+# Redis
+
+
+def test_another_program_publishes_as_the_documentation_says(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    page = (DOCS / "redis.rst").read_text("utf-8")
+    [block] = re.findall(r"code-block:: bash\n\n((?:   .*\n)+)", page)
+    program = dedent(block).replace("redis-cli", f"redis-cli -p {redis.port}")
+    program = program.replace("python ", f"{sys.executable} ")
+    with closing(RedisBroker(redis.url)) as broker:
+        subscription = broker.subscribe()
+        done = subprocess.run(
+            ["bash", "-ec", program], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.stderr == ""
+        epoch, seq, _ = done.stdout.split()
+        wire = f"id: {epoch}-{seq}\nevent: greeting\ndata: Hello!\n\n"
+        assert subscription.take(10) == wire.encode()
 
 
 # README
