@@ -76,7 +76,7 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     machine = print_machine(DISTRIBUTIONS)
-    print(f"redis-server {program_versions()['redis-server']}")
+    print(f"redis-server {program_versions().get('redis-server', 'not found')}")
     with running(redis_server(), options.subscribers) as redis:
         rounds = Rounds(redis, options, _load(options))
         rounds.take()

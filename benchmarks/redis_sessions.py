@@ -31,7 +31,14 @@ FLASK_SSE = "Flask-SSE"
 WORKERS = ("gevent", "gthread")
 LAP = "lap"
 """What the names of a lap's figures begin with."""
-UNABLE = (AbsentError, CrowdError, WrongError, OSError, HTTPException)
+UNABLE = (
+    AbsentError,
+    CrowdError,
+    WrongError,
+    OSError,
+    HTTPException,
+    subprocess.SubprocessError,
+)
 
 
 class Lap(NamedTuple):

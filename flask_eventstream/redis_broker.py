@@ -64,8 +64,10 @@ class RedisBroker(LocalBroker):
     something is published or subscribed to.
 
     *Redis away.* ``publish`` raises :class:`BrokerUnavailableError` within ``timeout``, and so does
-    ``subscribe`` if it needs Redis. Subscriptions stay; the connection is tried again without end,
-    every five seconds at least, and then continues where it was.
+    ``subscribe``, as a rule sooner, if it needs Redis. Subscriptions stay; the connection is tried
+    again without end, every five seconds at least, and then continues where it was.
+
+    *Greenlets* need gevent's monkey patching, or a call to Redis holds up the whole process.
     """
 
     def __init__(
@@ -187,8 +189,10 @@ class RedisBroker(LocalBroker):
 
     def settle(self) -> None:
         """Wait until what this process has published has come back to it from Redis."""
-        if self._channels.position < self._published:
-            self._wait_until(self._is_settled, _SETTLE_SECONDS)
+        is_behind = self._channels.position < self._published
+        if is_behind and not self._wait_until(self._is_settled, _SETTLE_SECONDS):
+            # It may never come, from a server that has lost it. Once is enough to wait for it.
+            self._published = 0
 
     def _is_settled(self) -> bool:
         is_there = self._channels.position >= self._published
@@ -227,7 +231,7 @@ class RedisBroker(LocalBroker):
             return
         deadline = time.monotonic() + self._timeout
         # While it is not connected, each of many subscribers would only wait for an answer.
-        is_connected = self._wait_until(lambda: self._reader.is_connected, self._timeout)
+        is_connected = self._wait_until(lambda: self._reader.is_connected, self._link.patience)
         sync = self._reader.sync() if is_connected else None
 
         def is_prepared() -> bool:
@@ -235,9 +239,9 @@ class RedisBroker(LocalBroker):
                 is_there = sync is not None and self._feeds.has_reached(sync.epoch, sync.seq)
                 return is_there and self._feeds.are_ready(names)
 
-        if not self._wait_until(is_prepared, deadline - time.monotonic()):
-            reason = f"nothing was heard of it within {self._timeout:g} s"
-            raise BrokerUnavailableError(self._link.address, reason)
+        is_heard = is_connected and self._wait_until(is_prepared, deadline - time.monotonic())
+        if not is_heard:
+            raise BrokerUnavailableError(self._link.address, "nothing is heard of it")
 
     def _knows(self, names: Sequence[str], cursor: str | None) -> bool:
         # What another process has sent already may still be on its way to this one.

@@ -85,11 +85,19 @@ class RedisReader:
         self._stopping = threading.Event()
 
     def start(self) -> None:
-        """Start to hear, unless it does already."""
+        """Start to hear, unless it does already.
+
+        :raises RuntimeError: if no thread can be started; the next call tries again.
+        """
         with self._mutex:
             is_started, self._is_started = self._is_started, True
-        if not is_started:
+        if is_started:
+            return
+        try:
             threading.Thread(target=self._run, daemon=True, name="eventstream-redis").start()
+        except RuntimeError:
+            self._is_started = False
+            raise
 
     def stop(self) -> None:
         """Stop to hear, soon. The connections are closed then."""

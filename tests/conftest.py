@@ -12,6 +12,7 @@ from .redis_server import RedisServer, redis_server, valkey_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
     from typing import Any
 
     from flask.testing import FlaskClient
@@ -24,6 +25,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Redis for tests that do it no harm; each has prefixes of its own."""
     with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis for one test, which may break it or count its connections."""
+    with redis_server(tmp_path) as server:
         yield server
 
 

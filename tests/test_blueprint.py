@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ from werkzeug.exceptions import ServiceUnavailable
 import flask_eventstream
 from flask_eventstream import EventStream, MemoryBroker, ServerSentEvent, merge
 from flask_eventstream.errors import (
+    BrokerUnavailableError,
     ConfigurationError,
     InvalidFieldError,
     NotRegisteredError,
@@ -481,3 +483,18 @@ def test_a_stream_view_that_returns_no_iterator_is_answered_as_any(
 
 def test_the_state_of_an_app_is_in_its_extensions(app: Flask) -> None:
     assert isinstance(app.extensions["eventstream"].broker, MemoryBroker)
+
+
+def test_without_its_broker_a_stream_ends_so_that_the_browser_returns(
+    make_app: MakeApp, eventstream: EventStream
+) -> None:
+    # Nobody listens there. An EventSource that got an error would give up for good.
+    app = make_app(BROKER_URL="redis://127.0.0.1:1")
+    with app.app_context(), pytest.raises(BrokerUnavailableError):
+        eventstream.publish("x")
+    answer = app.test_client().get("/stream")
+    assert answer.status_code == 200
+    assert answer.mimetype == "text/event-stream"
+    assert re.fullmatch(r":\nretry: \d+\n", answer.text)
+    assert answer.headers["Cache-Control"] == "no-cache, no-transform"
+    app.extensions["eventstream"].broker.close()

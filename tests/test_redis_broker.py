@@ -269,12 +269,12 @@ def test_a_channel_is_heard_as_long_as_somebody_reads_it(make: Make, redis: Redi
     again.close()
 
 
-def test_a_thousand_subscribers_take_one_connection(redis: RedisServer, make: Make) -> None:
-    before = len(redis.redis.client_list())
-    broker = make()
+def test_a_thousand_subscribers_take_one_connection(own_redis: RedisServer, make: Make) -> None:
+    before = len(own_redis.redis.client_list())
+    broker = make(own_redis.url)
     subscriptions = [broker.subscribe(f"user:{n % 100}") for n in range(1000)]
     broker.publish("x", channel="user:1")
-    clients = redis.redis.client_list()
+    clients = own_redis.redis.client_list()
     assert sum(int(client["sub"]) == 101 for client in clients) == 1
     assert len(clients) - before <= 1 + 2
     for subscription in subscriptions:
@@ -428,20 +428,14 @@ def test_what_the_server_refuses_is_an_error_that_says_so(make: Make, redis: Red
 # Redis away
 
 
-@pytest.fixture
-def own(tmp_path: Path) -> Iterator[RedisServer]:
-    with redis_server(tmp_path) as server:
-        yield server
-
-
 def test_publishing_without_redis_fails_in_time_and_streams_stay(
-    own: RedisServer, make: Make
+    own_redis: RedisServer, make: Make
 ) -> None:
-    broker = make(own.url, timeout=1)
+    broker = make(own_redis.url, timeout=1)
     subscription = broker.subscribe()
     broker.publish("before")
     assert data(subscription, 1) == ["before"]
-    own.kill()
+    own_redis.kill()
     begin = time.monotonic()
     with pytest.raises(BrokerUnavailableError, match="no answer within 1 s") as caught:
         broker.publish("x")
@@ -457,16 +451,16 @@ def test_publishing_without_redis_fails_in_time_and_streams_stay(
 
 
 def test_a_frozen_server_does_late_what_was_given_up_only_once(
-    own: RedisServer, make: Make
+    own_redis: RedisServer, make: Make
 ) -> None:
-    broker = make(own.url, timeout=1)
+    broker = make(own_redis.url, timeout=1)
     subscription = broker.subscribe()
     broker.publish("0")
     for attempt in range(3):
-        own.freeze()
+        own_redis.freeze()
         with pytest.raises(BrokerUnavailableError):
             broker.publish(str(attempt + 1))
-        own.thaw()
+        own_redis.thaw()
         publish_again(broker, str(attempt + 1))
     assert data(subscription, 4) == ["0", "1", "2", "3"]
     assert subscription.take(0.1) == b""
@@ -505,10 +499,22 @@ def test_an_event_whose_answer_was_lost_is_not_published_twice(
         assert data(subscription, 1) == ["149"]
 
 
-def test_a_batch_that_fails_in_the_middle_tells_what_was_published(
-    own: RedisServer, make: Make
+def test_what_a_server_has_lost_is_waited_for_only_once(
+    own_redis: RedisServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broker = make(own.url)
+    broker = make(own_redis.url)
+    subscription = broker.subscribe()
+    monkeypatch.setattr(broker, "_published", 1_000_000)
+    begin = time.monotonic()
+    assert subscription.take(0) == b""
+    assert 0.9 < time.monotonic() - begin < 3
+    assert broker._published == 0
+
+
+def test_a_batch_that_fails_in_the_middle_tells_what_was_published(
+    own_redis: RedisServer, make: Make
+) -> None:
+    broker = make(own_redis.url)
     broker.publish("warm")
     script = broker._link.call
     calls = 0
@@ -517,7 +523,7 @@ def test_a_batch_that_fails_in_the_middle_tells_what_was_published(
         nonlocal calls
         calls += 1
         if calls == 3:
-            own.redis.config_set("maxmemory", 1)
+            own_redis.redis.config_set("maxmemory", 1)
         return script(*arguments)
 
     broker._link.call = fill_up_after_two  # type: ignore[assignment]
@@ -583,13 +589,13 @@ def test_a_stream_that_was_cut_by_hand_is_a_reset(make: Make, redis: RedisServer
 
 
 def test_the_loss_and_the_return_of_the_connection_are_logged(
-    make: Make, own: RedisServer, caplog: pytest.LogCaptureFixture
+    make: Make, own_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    broker = make(own.url)
+    broker = make(own_redis.url)
     subscription = broker.subscribe()
-    [mine] = [one for one in own.redis.client_list() if one["sub"] == "2"]
-    own.redis.client_kill_filter(_id=mine["id"])
+    [mine] = [one for one in own_redis.redis.client_list() if one["sub"] == "2"]
+    own_redis.redis.client_kill_filter(_id=mine["id"])
     wait_for(lambda: caplog.text.count("is heard") == 2)
     assert "Redis is not heard" in caplog.text
     subscription.close()
@@ -634,19 +640,19 @@ def test_every_url_of_redis_py_works(way: str, tmp_path: Path, certificate: Path
         wait_for(lambda: len(server.redis.client_list()) == 1, what="the connections to close")
 
 
-def test_the_rights_in_the_documentation_are_enough(own: RedisServer) -> None:
+def test_the_rights_in_the_documentation_are_enough(own_redis: RedisServer) -> None:
     page = (ROOT / "docs" / "redis.rst").read_text("utf-8")
     [rule] = [line.strip() for line in page.splitlines() if line.startswith("    ACL SETUSER")]
-    command: Any = own.redis.execute_command
+    command: Any = own_redis.redis.execute_command
     command(*rule.split())
-    broker = RedisBroker(own.url.replace("//", "//app:secret@"))
+    broker = RedisBroker(own_redis.url.replace("//", "//app:secret@"))
     subscription = broker.subscribe()
     broker.publish("x")
     assert data(subscription, 1) == ["x"]
     assert broker.subscriber_count() == 1
     assert broker.disconnect("sse") == 1
     broker.close()
-    wait_for(lambda: not own.redis.keys("*process:*"))
+    wait_for(lambda: not own_redis.redis.keys("*process:*"))
 
 
 def test_a_forked_child_has_a_connection_of_its_own(make: Make) -> None:

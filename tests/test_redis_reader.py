@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -90,20 +91,20 @@ def test_a_reader_that_is_stopped_before_it_connects_ends(
     with redis_server(tmp_path) as server:
         broker = RedisBroker(server.url, timeout=0.4)
         server.kill()
-        with pytest.raises(BrokerUnavailableError, match="nothing was heard of it"):
+        with pytest.raises(BrokerUnavailableError, match="nothing is heard of it"):
             broker.subscribe()
         broker.close()
         wait_for(lambda: "not counted out" in caplog.text)
         server.start()
 
 
-def test_a_broker_that_never_subscribed_closes_its_connections(redis: RedisServer) -> None:
-    before = len(redis.redis.client_list())
-    broker = RedisBroker(redis.url, key_prefix=redis.prefix())
+def test_a_broker_that_never_subscribed_closes_its_connections(own_redis: RedisServer) -> None:
+    before = len(own_redis.redis.client_list())
+    broker = RedisBroker(own_redis.url)
     broker.publish("x")
-    assert len(redis.redis.client_list()) == before + 1
+    assert len(own_redis.redis.client_list()) == before + 1
     broker.close()
-    wait_for(lambda: len(redis.redis.client_list()) == before)
+    wait_for(lambda: len(own_redis.redis.client_list()) == before)
 
 
 def test_a_full_server_is_heard_all_the_same(
@@ -147,3 +148,18 @@ def test_a_server_that_does_not_answer_is_left_at_once(
     wait_for(lambda: "is tried again: redis://x: no answer" in caplog.text)
     broker.publish("x")
     wait_for(partial(has_come, subscription))
+
+
+def test_a_reader_for_which_there_is_no_thread_is_started_later(
+    broker: RedisBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="new thread"):
+            broker.subscribe()
+    subscription = broker.subscribe()
+    broker.publish("x")
+    assert has_come(subscription)

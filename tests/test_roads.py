@@ -1,4 +1,7 @@
-"""The contract of both roads: a client cannot tell whether its server iterates or the hub sends."""
+"""The contract of both roads: a client cannot tell whether its server iterates or the hub sends.
+
+Nor can it tell the broker.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from werkzeug.serving import BaseWSGIServer
+
+    from .redis_server import RedisServer
 
 
 class Site:
@@ -87,13 +92,21 @@ class Client:
         self.connection.close()
 
 
+@pytest.fixture(params=["memory", "redis"])
+def broker(request: pytest.FixtureRequest) -> dict[str, str]:
+    if request.param == "memory":
+        return {}
+    server: RedisServer = request.getfixturevalue("redis")
+    return {"EVENTSTREAM_BROKER_URL": server.url, "EVENTSTREAM_KEY_PREFIX": server.prefix()}
+
+
 @pytest.fixture(params=[True, False], ids=["hub", "iterator"])
-def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Site]]:
+def make(request: pytest.FixtureRequest, broker: dict[str, str]) -> Iterator[Callable[..., Site]]:
     sites: list[Site] = []
 
     def make_site(**config: Any) -> Site:
         given = {f"EVENTSTREAM_{name.upper()}": value for name, value in config.items()}
-        sites.append(Site({"EVENTSTREAM_HIJACK": request.param, **given}))
+        sites.append(Site({"EVENTSTREAM_HIJACK": request.param, **broker, **given}))
         return sites[-1]
 
     yield make_site
