@@ -73,8 +73,8 @@ class BrokerUnavailableError(EventStreamError, ConnectionError):
     """The broker's server did not answer in time, or refused.
 
     What was to be published counts as not published. If it was all the same, because only the
-    answer was lost, then the same call again, made next by the same thread or greenlet, finds it
-    and does not publish it twice.
+    answer was lost, then the same call again, made next by the same thread or greenlet within ten
+    seconds, finds it and does not publish it twice.
 
     :param address: where the server is.
     :param reason: what happened, as a sentence without its full stop.

@@ -37,8 +37,12 @@ LEAST_KEPT = 256
 """How many events of a channel Redis keeps at least, so that a short loss of the connection is made
 good even without any history for clients."""
 
+DOUBT_SECONDS = 10
+"""For how long a call that failed, made again, is taken for the same one, in seconds."""
+
 _EVENTS_AT_ONCE = 100
 _SETTLE_SECONDS = 1.0
+_NO_CALL = (None, "", 0.0)
 _publish = Script(PUBLISH)
 
 
@@ -144,18 +148,20 @@ class RedisBroker(LocalBroker):
             epoch, last = self._publish(names, arguments)
         except MintedIdError as error:
             raise InvalidFieldError("id", [id for id, _ in events], MINTED_HINT) from error
-        self._doubtful.call = None
+        self._doubtful.call = _NO_CALL
         first = last - len(events) + 1
         return [id or f"{epoch}-{first + n}" for n, (id, _) in enumerate(events)]
 
     def _nonce(self, call: object) -> tuple[str, bool]:
         # It stays with the call until Redis has confirmed it. If the answer was lost, whoever
         # tries again must not publish twice.
-        doubtful = getattr(self._doubtful, "call", None)
-        if doubtful is None or doubtful[0] != call:
-            doubtful = self._doubtful.call = call, secrets.token_hex(8)
-            return doubtful[1], False
-        return doubtful[1], True
+        now = time.monotonic()
+        failed, nonce, until = getattr(self._doubtful, "call", _NO_CALL)
+        is_doubtful = now < until and failed == call
+        if not is_doubtful:
+            nonce = secrets.token_hex(8)
+        self._doubtful.call = call, nonce, now + self._timeout + DOUBT_SECONDS
+        return nonce, is_doubtful
 
     def _latest_time(self) -> str:
         # A command that waited in a server that stood still must not be done once we have given it
@@ -168,17 +174,17 @@ class RedisBroker(LocalBroker):
         self, names: Sequence[str], arguments: Callable[[bool], list[Any]]
     ) -> tuple[str, int]:
         keys = (self._keys.state, self._keys.marks, *[self._keys.channel(name) for name in names])
-        deadline = time.monotonic() + self._timeout / 2
+        begin = time.monotonic()
         if math.isnan(self._clock_ahead):
-            [[seconds, microseconds]] = self._link.pipeline([("TIME",)])
+            [[seconds, microseconds]] = self._link.pipeline([("TIME",)], begin)
             self._clock_ahead = seconds + microseconds / 1e6 - time.monotonic()
         while True:
-            epoch, last, now = self._link.call(_publish, keys, arguments)
+            epoch, last, now = self._link.call(_publish, keys, arguments, begin)
             self._clock_ahead = now / 1000 - time.monotonic()
             if epoch:
                 self._expect(names, epoch.decode(), last)
                 return epoch.decode(), last
-            if time.monotonic() > deadline:
+            if time.monotonic() > begin + self._timeout / 2:
                 raise BrokerUnavailableError(self._link.address, "was too slow to take the event")
 
     def _expect(self, names: Sequence[str], epoch: str, seq: int) -> None:

@@ -64,13 +64,18 @@ class RedisLink:
         self._redis: Any = redis.Redis(connection_pool=self._pool)
 
     def call(
-        self, script: Script, keys: Sequence[bytes], arguments: Callable[[bool], Sequence[Any]]
+        self,
+        script: Script,
+        keys: Sequence[bytes],
+        arguments: Callable[[bool], Sequence[Any]],
+        begin: float | None = None,
     ) -> Any:
         """Run a script, more than once if need be.
 
         :param script: the script.
         :param keys: its keys.
         :param arguments: returns its arguments; is told whether it may have run already.
+        :param begin: from when on the time counts, by :func:`time.monotonic`; now by default.
         :raises BrokerUnavailableError: if Redis did not answer in time, or refused.
         :raises MintedIdError: if the script says so.
         """
@@ -82,11 +87,15 @@ class RedisLink:
             except redis.exceptions.NoScriptError:
                 return self._redis.eval(script.text, *values)
 
-        return self._attempt(run)
+        return self._attempt(run, begin)
 
-    def pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def pipeline(
+        self, commands: Sequence[tuple[Any, ...]], begin: float | None = None
+    ) -> list[Any]:
         """Run some commands that do no harm if they are run twice, and return their results.
 
+        :param commands: the commands.
+        :param begin: see :meth:`call`.
         :raises BrokerUnavailableError: if Redis did not answer in time, or refused.
         """
 
@@ -97,10 +106,10 @@ class RedisLink:
                 results: list[Any] = pipeline.execute()
                 return results
 
-        return self._attempt(run)
+        return self._attempt(run, begin)
 
-    def _attempt(self, act: Callable[[bool], T]) -> T:
-        last_start = time.monotonic() + self._timeout / 2
+    def _attempt(self, act: Callable[[bool], T], begin: float | None) -> T:
+        last_start = (time.monotonic() if begin is None else begin) + self._timeout / 2
         pause = 0.0
         while True:
             try:

@@ -50,7 +50,7 @@ class Presence:
         :raises BrokerUnavailableError: if Redis did not answer, or refused. It is not asked again
             before the next renewal.
         """
-        self._note(changed)
+        self.note(changed)
         now = time.monotonic()
         if now < self._next_renewal and (self._has_failed or not self._untold):
             return
@@ -71,7 +71,8 @@ class Presence:
         self._untold.clear()
         self._has_failed = False
 
-    def _note(self, changed: Mapping[str, int]) -> None:
+    def note(self, changed: Mapping[str, int]) -> None:
+        """Take note of numbers that have changed, to be told next time."""
         for name, count in changed.items():
             if count != self._counts.get(name, 0):
                 self._counts[name] = count

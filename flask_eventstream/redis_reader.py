@@ -129,6 +129,8 @@ class RedisReader:
                 _logger.exception("Redis could not be read, and is tried again")
                 failures = min(failures + 1, 10)
             self._set_connected(False)
+            # Otherwise who comes and goes in vain would leave its channels here.
+            self._presence.note(self._take_changed())
             self._stopping.wait(random.uniform(0, min(_LONGEST_PAUSE, 0.05 * 2**failures)))
         self._leave()
 
@@ -183,6 +185,9 @@ class RedisReader:
             is_read |= self._hear(listener.read())
             if not listener.has_message(0):
                 break
+        else:
+            # What never waits never lets other greenlets run.
+            time.sleep(0)
         self._last_heard, self._has_asked = time.monotonic(), False
         self._on_change(is_read)
 
@@ -239,8 +244,8 @@ class RedisReader:
         return again
 
     def _tick(self, listener: Listener, now: float) -> None:
+        counts = self._take_changed()
         with self._mutex:
-            counts = self._feeds.take_changed()
             unread = [name for name in counts if name not in self._feeds and name in self._heard]
         for some in _parts(unread, _NAMES_AT_ONCE):
             listener.send("UNSUBSCRIBE", [self._keys.channel(name) for name in some])
@@ -252,6 +257,10 @@ class RedisReader:
             self._has_asked = True
             self.sync()
         self._tell(counts)
+
+    def _take_changed(self) -> dict[str, int]:
+        with self._mutex:
+            return self._feeds.take_changed()
 
     def _tell(self, counts: dict[str, int]) -> None:
         try:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -497,6 +498,27 @@ def test_an_event_whose_answer_was_lost_is_not_published_twice(
         # Another one like it is not the same one.
         broker.publish("149")
         assert data(subscription, 1) == ["149"]
+
+
+def test_a_call_like_one_that_failed_long_ago_is_not_the_same(
+    redis: RedisServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscription = make().subscribe()
+    with proxy(redis.port) as between:
+        broker = make(f"redis://127.0.0.1:{between.port}/0", timeout=1)
+        broker.publish("0")
+        between.lose_answers()
+        with pytest.raises(BrokerUnavailableError):
+            broker.publish("alarm")
+        between.heal()
+        monkeypatch.setattr(time, "monotonic", partial(later, time.monotonic()))
+        broker.publish("alarm")
+        monkeypatch.undo()
+        assert data(subscription, 3) == ["0", "alarm", "alarm"]
+
+
+def later(now: float) -> float:
+    return now + 3600
 
 
 def test_what_a_server_has_lost_is_waited_for_only_once(

@@ -86,5 +86,5 @@ def spy(presence: Presence) -> list[Any]:
         calls.append(commands)
         return pipeline(commands)
 
-    presence._link.pipeline = note  # type: ignore[method-assign]
+    presence._link.pipeline = note  # type: ignore[assignment]
     return calls

@@ -98,6 +98,21 @@ def test_a_reader_that_is_stopped_before_it_connects_ends(
         server.start()
 
 
+def test_who_comes_in_vain_leaves_nothing_behind(own_redis: RedisServer) -> None:
+    broker = RedisBroker(own_redis.url, timeout=0.4)
+    subscription = broker.subscribe()
+    own_redis.kill()
+    wait_for(lambda: not broker._reader.is_connected)
+    for n in range(20):
+        with pytest.raises(BrokerUnavailableError):
+            broker.subscribe(f"user:{n}")
+    wait_for(lambda: list(broker._feeds) == ["sse"])
+    own_redis.start()
+    # It has nothing of what was in it.
+    wait_for(lambda: b"event: reset" in (subscription.take(0.1) or b""))
+    broker.close()
+
+
 def test_a_broker_that_never_subscribed_closes_its_connections(own_redis: RedisServer) -> None:
     before = len(own_redis.redis.client_list())
     broker = RedisBroker(own_redis.url)
