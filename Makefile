@@ -39,6 +39,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/generator.py
 	$(BIN)/python benchmarks/send.py
 	$(BIN)/python benchmarks/fanout.py
+	$(BIN)/python benchmarks/redis_broker.py
 
 clean:
 	rm -rf $(VENV) build dist docs/_build *.egg-info

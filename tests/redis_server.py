@@ -41,7 +41,7 @@ class RedisServer(Server):
         # It listens before it has read its append-only file.
         probe = redis.Redis(port=self.port)
         wait_for(lambda: _answers(probe), what="Redis to answer")
-        probe.close()
+        probe.connection_pool.disconnect()
 
     def kill(self) -> None:
         self.process.kill()
@@ -58,7 +58,7 @@ class RedisServer(Server):
         return f"test{next(_numbers)}:"
 
     def close(self) -> None:
-        self.redis.close()
+        self.redis.connection_pool.disconnect()
         self.thaw()
         super().close()
 

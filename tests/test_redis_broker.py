@@ -773,5 +773,5 @@ def test_a_reset_tells_what_was_asked_for(make: Make, redis: RedisServer) -> Non
 def test_redis_py_itself_is_not_told_to_retry() -> None:
     # It would do so without telling the script that the event may have been published.
     broker = RedisBroker("redis://127.0.0.1:1")
-    assert broker._link._pool.connection_kwargs["retry"].get_retries() == 0
+    assert broker._link._pool.connection_kwargs["retry"]._retries == 0
     assert isinstance(redis_py.__version__, str)
