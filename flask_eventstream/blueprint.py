@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,39 +9,24 @@ from flask import Blueprint, Flask, current_app, request
 
 from . import access
 from .body import ShortBody, SubscriptionBody, jittered
-from .broker import DEFAULT_CHANNEL, Broker, channel_names
-from .brokers import new_broker
-from .config import Config
+from .broker import DEFAULT_CHANNEL, channel_names
 from .errors import BrokerUnavailableError, NotRegisteredError, TooLargeError
-from .event import HEARTBEAT, ServerSentEvent, encode_comment, to_json
-from .hub import SocketHub
+from .event import ServerSentEvent, encode_comment, to_json
 from .memory_broker import MemoryBroker
 from .response import EventStreamResponse, cursor, json_dumps
-from .signals import event_published, subscriber_connected, subscriber_disconnected
+from .signals import event_published, subscriber_connected
+from .state import State, new_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from flask.blueprints import BlueprintSetupState
-    from flask.sansio.app import App
 
     from .broker import Subscription
+    from .config import Config
 
     View = TypeVar("View", bound=Callable[..., Any])
     MayRead = TypeVar("MayRead", bound=Callable[[str], bool])
-
-
-@dataclass
-class State:
-    """What one app has: it is ``app.extensions["eventstream"]``."""
-
-    config: Config
-    broker: Broker
-    max_subscribers: int | None
-    hub: SocketHub | None
-    on_close: Callable[[SubscriptionBody], None]
-    has_warned: bool = False
-    blueprints: list[EventStream] = field(default_factory=list)
 
 
 class EventStream(Blueprint):
@@ -91,16 +75,29 @@ class EventStream(Blueprint):
         :returns: the event's id.
         :raises InvalidFieldError: if a field or a channel's name is not valid.
         :raises TooLargeError: if the event is larger than ``EVENTSTREAM_MAX_EVENT_BYTES``.
+        :raises BrokerUnavailableError: if the broker is Redis and does not answer, or refuses.
         :raises NotRegisteredError: if the app has no event stream.
         """
-        broker = _state().broker
-        if not isinstance(data, (str, ServerSentEvent)):
-            data = to_json(data, json_dumps())
         names = channel if isinstance(channel, str) else tuple(channel)
-        event_id = broker.publish(data, type, id, retry, names)
-        if event_published.receivers:
-            event_published.send(_app(), channels=channel_names(names), id=event_id)
+        event_id = _state().broker.publish(_sendable(data), type, id, retry, names)
+        _tell_of(names, [event_id])
         return event_id
+
+    def publish_many(
+        self, events: Iterable[Any], channel: str | Iterable[str] = DEFAULT_CHANNEL
+    ) -> list[str]:
+        """Send some events, one after another, at less cost than one by one.
+
+        :param events: of each, what :meth:`publish` takes as ``data``. All are looked at before the
+            first one is sent.
+        :param channel: a name or several; all events go to all of them.
+        :returns: the events' ids.
+        :raises EventStreamError: as :meth:`publish`.
+        """
+        names = channel if isinstance(channel, str) else tuple(channel)
+        event_ids = _state().broker.publish_many(map(_sendable, events), names)
+        _tell_of(names, event_ids)
+        return event_ids
 
     def subscribe(
         self,
@@ -224,22 +221,17 @@ class EventStream(Blueprint):
     def _install(self, setup: BlueprintSetupState) -> None:
         extensions = setup.app.extensions
         if "eventstream" not in extensions:
-            extensions["eventstream"] = _new_state(setup.app)
+            extensions["eventstream"] = new_state(setup.app)
         extensions["eventstream"].blueprints.append(self)
 
 
-def _new_state(app: App) -> State:
-    config = Config.read(app.config)
-    broker = new_broker(config)
-    hub = None
-    if config.hijack:
-        hub = SocketHub(broker.watch, config.heartbeat, HEARTBEAT, config.max_lag)
-    room = config.max_subscribers or access.default_max_subscribers()
+def _sendable(data: Any) -> Any:
+    return data if isinstance(data, (str, ServerSentEvent)) else to_json(data, json_dumps())
 
-    def on_close(body: SubscriptionBody) -> None:
-        subscriber_disconnected.send(app, channels=body.subscription.channels)
 
-    return State(config, broker, room, hub, on_close)
+def _tell_of(names: str | tuple[str, ...], event_ids: list[str]) -> None:
+    for event_id in event_ids if event_published.receivers else ():
+        event_published.send(_app(), channels=channel_names(names), id=event_id)
 
 
 def _warn_of_processes(state: State) -> None:

@@ -100,6 +100,7 @@ class RedisBroker(LocalBroker):
             max_event_bytes=max_event_bytes,
             max_lag=max_lag,
         )
+        concurrency.call_at_exit(self._leave)
 
     def _start(self) -> None:
         super()._start()
@@ -315,6 +316,9 @@ class RedisBroker(LocalBroker):
         count = self.subscriber_count(channel)
         self._send(names, [("", b"")])
         return count
+
+    def _leave(self) -> None:
+        self._reader.leave()
 
     def close(self) -> None:
         """End every subscription of this process, and its connections, and accept nothing more."""

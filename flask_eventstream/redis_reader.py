@@ -107,6 +107,12 @@ class RedisReader:
         if not is_started:
             self._link.close()
 
+    def leave(self) -> None:
+        """Stop to hear, and be counted out at once; for a process that is about to end."""
+        self._stopping.set()
+        if self.is_connected:
+            self._leave()
+
     def sync(self) -> Sync:
         """Return where the sequence is, and be told so behind all that was before.
 

@@ -19,6 +19,7 @@ from flask_eventstream.errors import (
     NotRegisteredError,
     TooLargeError,
 )
+from flask_eventstream.signals import event_published
 from flask_eventstream.testing import client_stream
 
 from .servers import wait_for
@@ -498,3 +499,21 @@ def test_without_its_broker_a_stream_ends_so_that_the_browser_returns(
     assert re.fullmatch(r":\nretry: \d+\n", answer.text)
     assert answer.headers["Cache-Control"] == "no-cache, no-transform"
     app.extensions["eventstream"].broker.close()
+
+
+def test_a_batch_is_published_in_order_and_told_of(app: Flask, eventstream: EventStream) -> None:
+    told: list[tuple[tuple[str, ...], str]] = []
+
+    def note(sender: Flask, channels: tuple[str, ...], id: str) -> None:
+        told.append((channels, id))
+
+    when = datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc)
+    events: list[Any] = ["text", {"at": when}, ServerSentEvent("x", "tick", "own")]
+    with client_stream(app.test_client(), "/stream") as stream, app.app_context():
+        with event_published.connected_to(note, app):
+            ids = eventstream.publish_many(iter(events), channel=iter(["sse", "other"]))
+        received = [stream.next() for _ in range(3)]
+    assert [event.id for event in received] == ids
+    assert [event.type for event in received] == ["message", "message", "tick"]
+    assert json.loads(received[1].data) == {"at": "Fri, 02 Jan 2026 00:00:00 GMT"}
+    assert told == [(("sse", "other"), id) for id in ids]

@@ -71,6 +71,24 @@ def test_a_whole_event_can_be_published(broker: Broker) -> None:
     assert subscription.take(5) == b"retry: 5\nid: mine\nevent: tick\ndata: x\n\n"
 
 
+def test_a_batch_is_published_in_order(broker: Broker) -> None:
+    subscription = broker.subscribe("a", "b")
+    sent = (n if n % 2 else ServerSentEvent(str(n), id=f"own-{n}") for n in range(250))
+    ids = broker.publish_many(sent, channel=["a", "b"])
+    received = events(subscription)
+    assert [event.data for event in received] == [str(n) for n in range(250)]
+    assert [event.id for event in received] == ids
+    assert ids[0] == "own-0"
+
+
+def test_a_batch_with_a_bad_event_leaves_nothing(broker: Broker) -> None:
+    subscription = broker.subscribe()
+    with pytest.raises(InvalidFieldError):
+        broker.publish_many(["fine", b"not"])
+    assert broker.publish_many([]) == []
+    assert subscription.take(0) == b""
+
+
 def test_a_whole_event_has_its_fields_itself(broker: Broker) -> None:
     with pytest.raises(TypeError, match="type, id and retry itself"):
         broker.publish(ServerSentEvent("x"), type="tick")

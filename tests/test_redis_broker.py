@@ -21,7 +21,8 @@ from flask_eventstream.redis_scripts import PUBLISH, Keys
 
 from .faults import proxy
 from .redis_server import RedisServer, redis_server, valkey_program
-from .servers import ROOT, free_port, wait_for
+from .servers import ROOT, free_port, serving, wait_for
+from .stress import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -754,6 +755,22 @@ def test_a_process_that_was_killed_is_counted_out(make: Make, redis: RedisServer
     process.send_signal(signal.SIGKILL)
     process.wait()
     wait_for(lambda: broker.subscriber_count() == 0, timeout=17)
+
+
+@pytest.mark.parametrize("worker", ["gevent", "gthread", "sync"])
+def test_a_worker_that_ends_in_order_is_counted_out_at_once(
+    worker: str, own_redis: RedisServer
+) -> None:
+    broker = RedisBroker(own_redis.url)
+    environ = {"REDIS_URL": own_redis.url}
+    with serving("tests.redis_app:create_app()", worker, environ=environ) as server:
+        client = Client(server).begin()
+        wait_for(lambda: broker.subscriber_count() == 1)
+        server.stop()
+        wait_for(lambda: broker.subscriber_count() == 0, timeout=5)
+        client.close()
+        assert "Traceback" not in server.log()
+    broker.close()
 
 
 def test_a_reset_tells_what_was_asked_for(make: Make, redis: RedisServer) -> None:

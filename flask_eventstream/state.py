@@ -1,0 +1,60 @@
+"""What one app has, and how it comes by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import access
+from .brokers import new_broker
+from .config import Config
+from .event import HEARTBEAT
+from .hub import SocketHub
+from .signals import subscriber_disconnected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .body import SubscriptionBody
+    from .broker import Broker
+
+
+@dataclass
+class State:
+    """What one app has: it is ``app.extensions["eventstream"]``.
+
+    :param config: its configuration.
+    :param broker: where its events go through.
+    :param max_subscribers: how many subscribers its process may have.
+    :param hub: what sends to their sockets, if they may be taken.
+    :param on_close: called with the body of a subscriber who has left.
+    :param has_warned: whether it was said that the broker is for one process only.
+    :param blueprints: those that are registered with it.
+    """
+
+    config: Config
+    broker: Broker
+    max_subscribers: int | None
+    hub: SocketHub | None
+    on_close: Callable[[SubscriptionBody], None]
+    has_warned: bool = False
+    blueprints: list[Any] = field(default_factory=list)
+
+
+def new_state(app: Any) -> State:
+    """Return what an app is to have, by its configuration.
+
+    :param app: the app.
+    :raises ConfigurationError: if a value cannot be used; it names the key.
+    """
+    config = Config.read(app.config)
+    broker = new_broker(config)
+    hub = None
+    if config.hijack:
+        hub = SocketHub(broker.watch, config.heartbeat, HEARTBEAT, config.max_lag)
+    room = config.max_subscribers or access.default_max_subscribers()
+
+    def on_close(body: SubscriptionBody) -> None:
+        subscriber_disconnected.send(app, channels=body.subscription.channels)
+
+    return State(config, broker, room, hub, on_close)
