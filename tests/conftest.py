@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from flask import Flask
 from flask_eventstream import EventStream
 
 from .redis_server import RedisServer, redis_server, valkey_program
+from .servers import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the servers of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if "COVERAGE_PROCESS_CONFIG" in os.environ:
+    # gevent is traced in other processes only. With it, each thread that ends has a greenlet to be
+    # disposed of, and if two end at once, CPython 3.11 waits for itself for ever while it is traced.
+    del os.environ["COVERAGE_PROCESS_CONFIG"]
+    os.environ["COVERAGE_PROCESS_START"] = str(ROOT / "tests" / "subprocesses.coveragerc")
+    os.environ["COVERAGE_FILE"] = str(ROOT / ".coverage")
 
 
 @pytest.fixture(scope="session")
