@@ -24,8 +24,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if "COVERAGE_PROCESS_CONFIG" in os.environ:
-    # gevent is traced in other processes only. With it, each thread that ends has a greenlet to be
-    # disposed of, and if two end at once, CPython 3.11 waits for itself for ever while it is traced.
+    # gevent is traced in other processes only. With it, each thread that ends has a greenlet to
+    # dispose of, and if two end at once, CPython 3.11 waits for itself for ever while it is traced.
     del os.environ["COVERAGE_PROCESS_CONFIG"]
     os.environ["COVERAGE_PROCESS_START"] = str(ROOT / "tests" / "subprocesses.coveragerc")
     os.environ["COVERAGE_FILE"] = str(ROOT / ".coverage")
