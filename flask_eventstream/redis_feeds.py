@@ -155,10 +155,12 @@ class Feeds:
         :returns: whether that continues what the books have. If not, it has to be read anew.
         """
         feed = self._feeds[name]
-        before = abs(records[0].prev) if records else sync.bound
+        # What came after the number that was asked for comes by messages, even if the stream has
+        # lost it already.
+        before = min(abs(records[0].prev) if records else sync.bound, sync.seq)
         if feed.loaded is None:
             self._books.open(name, self._clock(), self._offset + before)
-            feed.last = 0
+            feed.last = before
         elif before > self._entered(feed):
             self.start_over(name)
             return False

@@ -35,6 +35,7 @@ class ModelServer:
         self.published: list[tuple[int, str, set[str]]] = []
         self.listener: deque[Message] | None = None
         self.heard: set[str] = set()
+        self.between: list[set[str]] = []
         self.restart(is_flushed=True)
 
     def restart(self, is_flushed: bool) -> None:
@@ -88,6 +89,10 @@ class Process:
     def load(self, names: list[str], stops_early: bool = False) -> None:
         sync = self.server.sync()
         self.feeds.begin(sync)
+        # Publishers do not wait.
+        between, self.server.between = self.server.between, []
+        for channels in between:
+            self.server.publish(channels)
         for name in names:
             if not self.load_one(name, sync) and not stops_early:
                 assert self.load_one(name, sync)
@@ -190,6 +195,7 @@ STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("publish"), channels),
         st.tuples(st.just("publish"), channels),
+        st.tuples(st.just("between"), channels, st.integers(1, 6)),
         st.tuples(st.just("end"), channels),
         st.tuples(st.just("subscribe"), channels),
         st.tuples(st.just("hear"), st.integers(1, 4)),
@@ -210,6 +216,8 @@ def test_a_subscriber_gets_every_event_once_or_a_reset(steps: list[tuple[Any, ..
     for step, *arguments in steps:
         if step == "publish":
             server.publish(*arguments)
+        elif step == "between":
+            server.between += [arguments[0]] * arguments[1]
         elif step == "end":
             server.publish(arguments[0], is_end=True)
         elif step == "subscribe":
