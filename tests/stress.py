@@ -303,7 +303,8 @@ class Member:
 class Audience:
     """Good clients, which read all there is, and such as read nothing."""
 
-    def __init__(self, port: int, good: int = 0, stalled: int = 0) -> None:
+    def __init__(self, port: int, good: int = 0, stalled: int = 0, at_once: int = _AT_ONCE) -> None:
+        self._at_once = at_once
         self._epoll = select.epoll()
         self._epoll.register(sys.stdin.fileno(), select.EPOLLIN)
         self._good: dict[int, Member] = {}
@@ -316,7 +317,7 @@ class Audience:
         for number in range(everybody):
             is_good = number * good % everybody < good
             self._connect(Member(port, number, 0 if is_good else 4096), is_good)
-            if number % _AT_ONCE == 0:
+            if number % at_once == 0:
                 self._run_until(self._is_connected)
         self._run_until(self._is_connected)
 
@@ -329,7 +330,7 @@ class Audience:
             self._stalled.append(member)
 
     def _is_connected(self) -> bool:
-        newest = self._stalled[-_AT_ONCE:]
+        newest = self._stalled[-self._at_once :]
         heads = [bool(one.socket.recv(1, socket.MSG_PEEK)) for one in newest]
         return all(heads) and all(one.wire.status for one in self._good.values())
 
