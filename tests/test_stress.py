@@ -557,7 +557,7 @@ def test_there_is_no_room_for_more_streams_than_descriptors(connect: Connect, wo
     limited = ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh"]
     command = [*limited, *(part.replace(":0", f":{port}") for part in command)]
     with running(command, port, UNTRACED) as server:
-        # Each takes some more while it comes, and without any gunicorn's threads give up in accept().
+        # Each takes some more while it comes. Without any left, gunicorn with threads ends.
         with crowd("audience", server, good=1200, at_once=15) as clients:
             assert clients.connected["served"] == limit - reserve
             refused = clients.connected["refused"]
