@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from flask_eventstream import MemoryBroker
+from flask_eventstream.history import Entry
 from flask_eventstream.local_broker import seq_of_minted
 
 
@@ -15,3 +17,17 @@ def test_an_id_of_the_epoch_has_a_number(id: str) -> None:
 )
 def test_every_other_id_has_none(id: str) -> None:
     assert seq_of_minted(id, "ab") is None
+
+
+def test_what_lies_ahead_of_the_books_is_not_replayed_but_comes_as_news() -> None:
+    broker = MemoryBroker()
+    cursor = broker.last_event_id()
+    keep = broker.subscribe()
+    for seq in (1, 2):
+        broker._channels.append(["sse"], Entry(seq, broker._clock(), None, b"data: %d\n\n" % seq))
+    broker._channels.advance(1)
+    subscriptions = [broker.subscribe(history=9), broker.subscribe(last_event_id=cursor)]
+    assert [one.start for one in subscriptions] == [b"data: 1\n\n"] * 2
+    broker._channels.advance(2)
+    assert [one.take(0) for one in subscriptions] == [b"data: 2\n\n"] * 2
+    assert keep.take(0) == b"data: 1\n\ndata: 2\n\n"

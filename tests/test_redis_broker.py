@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis as redis_py
 
-from flask_eventstream import EventStreamParser, ServerSentEvent
+from flask_eventstream import EventStreamParser, ServerSentEvent, redis_reader
 from flask_eventstream.errors import BrokerUnavailableError, InvalidFieldError, TooLargeError
 from flask_eventstream.redis_broker import RedisBroker
 from flask_eventstream.redis_scripts import PUBLISH, Keys
@@ -46,6 +45,12 @@ def make(redis: RedisServer) -> Iterator[Make]:
     yield make_broker
     for broker in made:
         broker.close()
+
+
+@pytest.fixture
+def brief_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a connection that has died without a word noticed sooner."""
+    monkeypatch.setattr(redis_reader, "_SILENCE_SECONDS", 0.3)
 
 
 def prefix_of(broker: RedisBroker) -> str:
@@ -174,6 +179,7 @@ def test_a_disconnect_is_not_part_of_the_history(make: Make) -> None:
     assert start(two.subscribe(history=2)) == ["1", "2"]
 
 
+@pytest.mark.usefixtures("brief_silence")
 @pytest.mark.parametrize(("missed", "is_reset"), [(200, False), (256, False), (257, True)])
 def test_what_a_process_missed_is_made_good_or_a_reset(
     missed: int, is_reset: bool, make: Make, redis: RedisServer
@@ -213,6 +219,7 @@ def test_what_a_client_missed_is_replayed_or_a_reset(
     keep.close()
 
 
+@pytest.mark.usefixtures("brief_silence")
 def test_a_disconnect_that_was_missed_is_made_good(make: Make, redis: RedisServer) -> None:
     with proxy(redis.port) as between:
         one, two = make(), make(f"redis://127.0.0.1:{between.port}/0")
@@ -740,21 +747,6 @@ def test_greenlets_wait_without_holding_up_others(
     command = [sys.executable, str(program), redis.url, redis.prefix()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("50\n", "")
-
-
-def test_a_process_that_was_killed_is_counted_out(make: Make, redis: RedisServer) -> None:
-    broker = make()
-    prefix = prefix_of(broker).removesuffix("0:")
-    program = (
-        "from flask_eventstream.redis_broker import RedisBroker\n"
-        f"one = RedisBroker({redis.url!r}, key_prefix={prefix!r}).subscribe()\n"
-        "one.take(600)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    wait_for(lambda: broker.subscriber_count() == 1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    wait_for(lambda: broker.subscriber_count() == 0, timeout=17)
 
 
 @pytest.mark.parametrize("worker", ["gevent", "gthread", "sync"])
