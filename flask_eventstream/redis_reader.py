@@ -83,6 +83,8 @@ class RedisReader:
         # Not for greenlets only: without monkey patching, redis-py would block their hub. With it,
         # such a thread is a greenlet.
         self._stopping = threading.Event()
+        # Of its own, so that who seeds the common one for a test, or forks, has no part in it.
+        self._chance = random.Random()
 
     def start(self) -> None:
         """Start to hear, unless it does already.
@@ -137,7 +139,7 @@ class RedisReader:
             self._set_connected(False)
             # Otherwise who comes and goes in vain would leave its channels here.
             self._presence.note(self._take_changed())
-            self._stopping.wait(random.uniform(0, min(_LONGEST_PAUSE, 0.05 * 2**failures)))
+            self._stopping.wait(self._chance.uniform(0, min(_LONGEST_PAUSE, 0.05 * 2**failures)))
         self._leave()
 
     def _leave(self) -> None:
