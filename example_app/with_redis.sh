@@ -19,7 +19,11 @@ export REDIS_URL="unix://$socket"
 "$@" &
 command=$!
 trap 'kill "$command"' TERM
+wait "$command"
+status=$?
 # A signal ends the wait, and not yet the command.
 while kill -0 "$command" 2>/dev/null; do
     wait "$command"
+    status=$?
 done
+exit "$status"

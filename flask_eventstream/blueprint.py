@@ -269,8 +269,8 @@ def _opening(config: Config) -> bytes:
 
 def _come_again(config: Config, error: BrokerUnavailableError) -> EventStreamResponse:
     # An EventSource that gets an error instead, 503 included, gives up for good (WHATWG HTML,
-    # section 9.2.2). One whose stream ends returns.
-    # There may be thousands of them, and the broker has given its warning.
+    # section 9.2.2). One whose stream ends returns. There may be thousands of them, and the broker
+    # has given its warning.
     current_app.logger.info("A subscriber is sent away for a while: %s", error)
     return EventStreamResponse(ShortBody(_opening(config)))
 

@@ -59,7 +59,8 @@ class RedisBroker(LocalBroker):
     :param max_event_bytes: the largest event accepted, in bytes on the wire; 1 MiB by default.
     :param max_lag: for how many seconds events beyond ``history`` are kept for subscribers that are
         connected; 30 by default.
-    :param timeout: how long a call waits for Redis at most, in seconds; 5 by default.
+    :param timeout: how long ``publish`` waits for Redis at most, in seconds; 5 by default. What has
+        to ask more than once may wait as often.
     :param max_connections: the size of the pool for commands; 8 by default. One connection more
         hears what is published, as soon as there is a subscriber.
     :raises ConfigurationError: if the URL cannot be used.
@@ -148,7 +149,7 @@ class RedisBroker(LocalBroker):
         try:
             epoch, last = self._publish(names, arguments)
         except MintedIdError as error:
-            raise InvalidFieldError("id", [id for id, _ in events], MINTED_HINT) from error
+            raise InvalidFieldError("id", error.id, MINTED_HINT) from error
         self._doubtful.call = _NO_CALL
         first = last - len(events) + 1
         return [id or f"{epoch}-{first + n}" for n, (id, _) in enumerate(events)]

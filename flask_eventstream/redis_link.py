@@ -27,7 +27,14 @@ LOST = (redis.RedisError, OSError)
 
 
 class MintedIdError(Exception):
-    """A publisher's own id has the form of those that events get by their number."""
+    """A publisher's own id has the form of those that events get by their number.
+
+    :param id: the id.
+    """
+
+    def __init__(self, id: str) -> None:
+        super().__init__(id)
+        self.id = id
 
 
 class RedisLink:
@@ -124,8 +131,9 @@ class RedisLink:
             time.sleep(pause)
 
     def _refusal(self, error: Exception) -> Exception:
-        if str(error).startswith(MINTED):
-            return MintedIdError()
+        code, _, id = str(error).partition(" ")
+        if code == MINTED:
+            return MintedIdError(id)
         return BrokerUnavailableError(self.address, f"refused: {error}", is_refusal=True)
 
     def listen(self) -> Listener:

@@ -7,6 +7,7 @@ meanwhile. A process that dies is counted out when its lease ends.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from typing import TYPE_CHECKING, Any
@@ -85,8 +86,13 @@ class Presence:
         return [each for name in known for each in (name, self._counts[name])]
 
     def leave(self) -> None:
-        """Be counted out at once."""
-        self._link.pipeline([("DEL", self.key), ("SREM", self._keys.processes, self._token)])
+        """Be counted out at once.
+
+        :raises BrokerUnavailableError: if Redis did not answer, or refused.
+        """
+        commands = [("DEL", self.key), ("SREM", self._keys.processes, self._token)]
+        # One attempt: a process that ends has no time for more.
+        self._link.pipeline(commands, begin=-math.inf)
 
     def count_others(self, channel: str) -> int:
         """Return how many subscribers the other processes have: of a channel, or (``""``) in all.

@@ -80,8 +80,6 @@ class RedisReader:
         self._heard: set[str] = set()
         self._last_heard = self._next_tick = 0.0
         self._has_asked = False
-        # Not for greenlets only: without monkey patching, redis-py would block their hub. With it,
-        # such a thread is a greenlet.
         self._stopping = threading.Event()
         # Of its own, so that who seeds the common one for a test, or forks, has no part in it.
         self._chance = random.Random()
@@ -96,6 +94,8 @@ class RedisReader:
         if is_started:
             return
         try:
+            # In a greenlet redis-py would block the hub, unless it is patched, and then such a
+            # thread is a greenlet.
             threading.Thread(target=self._run, daemon=True, name="eventstream-redis").start()
         except RuntimeError:
             self._is_started = False
@@ -128,7 +128,7 @@ class RedisReader:
         while not self._stopping.is_set():
             try:
                 self._hear_on(self._link.listen())
-            except (*LOST, BrokenChainError, BrokerUnavailableError) as error:
+            except (*LOST, BrokenChainError) as error:
                 failures = 0 if self.is_connected else min(failures + 1, 10)
                 if failures < 2:
                     _logger.warning("Redis is not heard, and is tried again: %s", error)

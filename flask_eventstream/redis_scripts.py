@@ -111,14 +111,14 @@ for k = 3, #KEYS do
   prev[k] = number or -seq_before(seconds)
 end
 
-local marks_at = now - marked > seconds * 1000 / 16
-if marks_at then
+local is_due = now - marked > seconds * 1000 / 16
+if is_due then
   marked = now
 end
 -- The first command that needs memory. If it is refused, nothing has happened.
 redis.call('HSET', KEYS[1], 'seq', string.format('%.0f', seq + (#ARGV - 5) / 2),
   'marked', string.format('%.0f', marked))
-if marks_at then
+if is_due then
   redis.call('XADD', KEYS[2], 'MAXLEN', 64, string.format('%.0f-%.0f', seq + 1, now), 'mark', '')
   redis.call('EXPIRE', KEYS[2], seconds * 4)
 end

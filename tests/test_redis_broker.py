@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from flask_eventstream.errors import BrokerUnavailableError, InvalidFieldError, 
 from flask_eventstream.redis_broker import RedisBroker
 from flask_eventstream.redis_scripts import PUBLISH, Keys
 
-from .faults import proxy
+from .faults import Proxy, proxy
 from .redis_server import RedisServer, redis_server, valkey_program
 from .servers import ROOT, free_port, serving, wait_for
 from .stress import Client
@@ -387,8 +388,9 @@ def test_a_batch_with_a_bad_event_publishes_nothing(make: Make) -> None:
     for bad, error in [("x" * 100, TooLargeError), (b"x", InvalidFieldError)]:
         with pytest.raises(error):
             broker.publish_many(["fine", bad])
-    with pytest.raises(InvalidFieldError, match="broker's own ids"):
+    with pytest.raises(InvalidFieldError, match="broker's own ids") as caught:
         broker.publish_many(["fine", ServerSentEvent("x", id=cursor)])
+    assert caught.value.value == cursor
     assert broker.last_event_id() == cursor
     assert broker.publish_many([]) == []
 
@@ -485,14 +487,21 @@ def publish_again(broker: RedisBroker, data: str) -> None:
     wait_for(is_accepted)
 
 
-def test_an_event_whose_answer_was_lost_is_not_published_twice(
-    redis: RedisServer, make: Make
-) -> None:
-    subscription = make().subscribe()
+@contextmanager
+def losing_answers(redis: RedisServer, make: Make) -> Iterator[tuple[RedisBroker, Proxy]]:
+    """Have a broker that has published an event, and gets no answer any more."""
     with proxy(redis.port) as between:
         broker = make(f"redis://127.0.0.1:{between.port}/0", timeout=1)
         broker.publish("0")
         between.lose_answers()
+        yield broker, between
+
+
+def test_an_event_whose_answer_was_lost_is_not_published_twice(
+    redis: RedisServer, make: Make
+) -> None:
+    subscription = make().subscribe()
+    with losing_answers(redis, make) as (broker, between):
         with pytest.raises(BrokerUnavailableError):
             broker.publish("1")
         with pytest.raises(BrokerUnavailableError) as caught:
@@ -512,10 +521,7 @@ def test_a_call_like_one_that_failed_long_ago_is_not_the_same(
     redis: RedisServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subscription = make().subscribe()
-    with proxy(redis.port) as between:
-        broker = make(f"redis://127.0.0.1:{between.port}/0", timeout=1)
-        broker.publish("0")
-        between.lose_answers()
+    with losing_answers(redis, make) as (broker, between):
         with pytest.raises(BrokerUnavailableError):
             broker.publish("alarm")
         between.heal()

@@ -50,8 +50,9 @@ def test_an_error_of_a_script_is_a_refusal(link: RedisLink) -> None:
     with pytest.raises(BrokerUnavailableError, match="refused: BROKEN") as caught:
         link.call(Script("return redis.error_reply('BROKEN by design')"), (), lambda _: ())
     assert caught.value.is_refusal
-    with pytest.raises(MintedIdError):
+    with pytest.raises(MintedIdError) as minted:
         link.call(Script("return redis.error_reply('MINTED a-1')"), (), lambda _: ())
+    assert minted.value.id == "a-1"
 
 
 def test_more_callers_than_connections_wait_for_their_turn(link: RedisLink) -> None:
