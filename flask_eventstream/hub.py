@@ -130,8 +130,7 @@ class SocketHub:
         while not self._is_over():
             try:
                 self._turn()
-            except Exception:
-                # Its subscribers must not stay connected to a hub that sends nothing.
+            except Exception:  # its subscribers must not stay with a hub that sends nothing
                 _logger.exception("The socket hub failed; its streams end, and clients reconnect")
                 self._finish_all()
             self._watcher.close_removed()
@@ -167,7 +166,8 @@ class SocketHub:
         subscriber.moved = self._now
         self._subscribers[subscriber.descriptor] = subscriber
         self._lagging[subscriber.descriptor] = subscriber
-        if group.position < subscriber.position:
+        # Of a new group, what came before may have been news already, when nobody was in it.
+        if group.size == 1 or group.position < subscriber.position:
             self._send_news(group)
         self._catch_up(subscriber)
 
