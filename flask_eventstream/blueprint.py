@@ -5,25 +5,22 @@ from __future__ import annotations
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flask import Blueprint, Flask, current_app, request
+from flask import Blueprint, current_app, request
 
 from . import access
-from .body import ShortBody, SubscriptionBody, jittered
 from .broker import DEFAULT_CHANNEL, channel_names
-from .errors import BrokerUnavailableError, NotRegisteredError, TooLargeError
-from .event import ServerSentEvent, encode_comment, to_json
-from .memory_broker import MemoryBroker
+from .errors import BrokerUnavailableError, TooLargeError
+from .event import ServerSentEvent, to_json
+from .opening import check_room, come_again, first_events, open_stream
 from .response import EventStreamResponse, cursor, json_dumps
-from .signals import event_published, subscriber_connected
-from .state import State, new_state
+from .resumable import METHODS, Resumable
+from .signals import event_published
+from .state import app_in_use, current_state, new_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from flask.blueprints import BlueprintSetupState
-
-    from .broker import Subscription
-    from .config import Config
 
     View = TypeVar("View", bound=Callable[..., Any])
     MayRead = TypeVar("MayRead", bound=Callable[[str], bool])
@@ -79,7 +76,7 @@ class EventStream(Blueprint):
         :raises NotRegisteredError: if the app has no event stream.
         """
         names = channel if isinstance(channel, str) else tuple(channel)
-        event_id = _state().broker.publish(_sendable(data), type, id, retry, names)
+        event_id = current_state().broker.publish(_sendable(data), type, id, retry, names)
         _tell_of(names, [event_id])
         return event_id
 
@@ -95,7 +92,7 @@ class EventStream(Blueprint):
         :raises EventStreamError: as :meth:`publish`.
         """
         names = channel if isinstance(channel, str) else tuple(channel)
-        event_ids = _state().broker.publish_many(map(_sendable, events), names)
+        event_ids = current_state().broker.publish_many(map(_sendable, events), names)
         _tell_of(names, event_ids)
         return event_ids
 
@@ -124,7 +121,7 @@ class EventStream(Blueprint):
         A client that returns gets exactly what it missed, or a ``reset`` event and what history
         still has. While the broker cannot be reached, the stream ends at once and clients retry.
         """
-        state = _state()
+        state = current_state()
         names = channel_names(channels or DEFAULT_CHANNEL)
         if len(names) > state.config.max_channels:
             advice = "Publish to fewer channels, or raise EVENTSTREAM_MAX_CHANNELS."
@@ -133,15 +130,17 @@ class EventStream(Blueprint):
             )
         if request.method == "HEAD":
             return EventStreamResponse(())
-        access.check_room(state.broker.subscriptions, state.max_subscribers)
-        _warn_of_processes(state)
+        check_room(state)
         try:
             subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
         except BrokerUnavailableError as error:
-            return _come_again(state.config, error)
-        body = _open_body(state, subscription, snapshot)
-        subscriber_connected.send(_app(), channels=names, last_event_id=cursor())
-        return EventStreamResponse(body)
+            return come_again(state.config, error)
+        try:
+            start = first_events(state.config, subscription, snapshot)
+        except BaseException:
+            subscription.close()
+            raise
+        return open_stream(state, subscription, start)
 
     def stream(
         self,
@@ -176,6 +175,49 @@ class EventStream(Blueprint):
 
         return decorate
 
+    def resumable(
+        self,
+        rule: str,
+        *,
+        owner: Callable[[], Any] | None = None,
+        on_busy: str = "attach",
+        heartbeat: float | None = None,
+        format: str = "sse",
+        **options: Any,
+    ) -> Callable[[View], View]:
+        """Decorate a generator view whose stream survives a lost connection: a run.
+
+        ``POST`` starts the view on a thread or greenlet of its own and streams what it yields,
+        ``GET`` resumes, also from other pages, and ``DELETE`` cancels.
+
+        :param rule: the URL rule below the blueprint's prefix. Each URL has a run of its own, and
+            the next one only once that has ended.
+        :param owner: called in every request; returns whose the run is, such as the user's id. A
+            URL then has a run for each owner. It may raise an HTTP error; ``None`` is 404. Without
+            it, whoever may call the view's URL may read its run.
+        :param on_busy: what a ``POST`` does while a run is active: ``"attach"`` to it, ``"reject"``
+            with 409, or ``"replace"`` it, which cancels it.
+        :param heartbeat: how long a ``POST`` waits for the first item before the head of its
+            response leaves, in seconds; ``EVENTSTREAM_HEARTBEAT`` by default. The silences after
+            that are broken as those of all subscribers.
+        :param format: see :class:`EventStreamResponse`.
+        :param options: what else :meth:`flask.Flask.add_url_rule` takes.
+        :raises ConfigurationError: if ``on_busy``, ``heartbeat`` or ``format`` cannot be used.
+        :raises TypeError: if the view is no generator function, whose code would run for those who
+            only return, too.
+
+        The view's decorators (``@login_required``) are asked in every request. See the page about
+        runs for what clients get.
+        """
+
+        def decorate(view: View) -> View:
+            respond = Resumable(view, owner, on_busy, heartbeat, format)
+            options.setdefault("endpoint", view.__name__)
+            self.add_url_rule(rule, view_func=respond, methods=METHODS, **options)
+            return view
+
+        return decorate
+
     def authorize(self, may_read: MayRead) -> MayRead:
         """Decorate the function that tells whether the current request may read a channel.
 
@@ -192,21 +234,21 @@ class EventStream(Blueprint):
         A page that is rendered with it and connects to ``/stream?lastEventId=…`` misses nothing
         that is published in between.
         """
-        return _state().broker.last_event_id(channel)
+        return current_state().broker.last_event_id(channel)
 
     def subscriber_count(self, channel: str | None = None) -> int:
         """Return how many subscribers a channel has, or the whole broker without a channel."""
-        return _state().broker.subscriber_count(channel)
+        return current_state().broker.subscriber_count(channel)
 
     def disconnect(self, channel: str) -> int:
         """End every stream that reads a channel, and return how many there were.
 
         Browsers reconnect after their ``retry``, and are asked for their rights anew.
         """
-        return _state().broker.disconnect(channel)
+        return current_state().broker.disconnect(channel)
 
     def _channels(self) -> EventStreamResponse:
-        names = access.requested_channels(_state().config.max_channels)
+        names = access.requested_channels(current_state().config.max_channels)
         access.check_may_read(names, self._judges())
         return self.subscribe(*names)
 
@@ -215,7 +257,7 @@ class EventStream(Blueprint):
         # views must not open what another one guards.
         if self._may_read is not None:
             return [self._may_read]
-        others = [blueprint._may_read for blueprint in _state().blueprints]
+        others = [blueprint._may_read for blueprint in current_state().blueprints]
         return [may_read for may_read in others if may_read is not None]
 
     def _install(self, setup: BlueprintSetupState) -> None:
@@ -231,79 +273,7 @@ def _sendable(data: Any) -> Any:
 
 def _tell_of(names: str | tuple[str, ...], event_ids: list[str]) -> None:
     for event_id in event_ids if event_published.receivers else ():
-        event_published.send(_app(), channels=channel_names(names), id=event_id)
-
-
-def _warn_of_processes(state: State) -> None:
-    is_shared = not isinstance(state.broker, MemoryBroker)
-    if state.has_warned or is_shared or not request.environ.get("wsgi.multiprocess"):
-        return
-    state.has_warned = True
-    current_app.logger.warning(
-        "The server runs several worker processes, and EVENTSTREAM_BROKER_URL='memory://' is a "
-        "broker for one: what one process publishes never reaches the subscribers of another. Set "
-        "EVENTSTREAM_BROKER_URL='redis://…', or run one worker process, with threads or gevent."
-    )
-
-
-def _open_body(
-    state: State, subscription: Subscription, snapshot: Callable[[], Any] | None
-) -> SubscriptionBody:
-    config = state.config
-    try:
-        start = _first_bytes(config, subscription, snapshot)
-    except BaseException:
-        subscription.close()
-        raise
-
-    return SubscriptionBody(
-        subscription, start, config.heartbeat, config.max_lifetime, state.on_close
-    )
-
-
-def _opening(config: Config) -> bytes:
-    # It leaves at once, so that onopen fires. There is no blank line: the first event completes
-    # the block, since clients would take one without data for an event (see HEARTBEAT).
-    return encode_comment() + b"retry: %d\n" % jittered(config.retry)
-
-
-def _come_again(config: Config, error: BrokerUnavailableError) -> EventStreamResponse:
-    # An EventSource that gets an error instead, 503 included, gives up for good (WHATWG HTML,
-    # section 9.2.2). One whose stream ends returns. There may be thousands of them, and the broker
-    # has given its warning.
-    current_app.logger.info("A subscriber is sent away for a while: %s", error)
-    return EventStreamResponse(ShortBody(_opening(config)))
-
-
-def _first_bytes(
-    config: Config, subscription: Subscription, snapshot: Callable[[], Any] | None
-) -> bytes:
-    start = _opening(config) + subscription.start
-    if snapshot is None or subscription.resumed:
-        return start
-    item = snapshot()
-    if item is None:
-        return start
-    is_event = isinstance(item, ServerSentEvent)
-    event: ServerSentEvent = item if is_event else ServerSentEvent(item, dumps=json_dumps())
-    if event.id is None:
-        # With the id of the moment it was taken at, a client that then loses the connection gets
-        # what came after it, and not everything once more.
-        event = event.with_id(subscription.cursor)
-    return start + event.encode(config.max_event_bytes)
-
-
-def _app() -> Flask:
-    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-    return app
-
-
-def _state() -> State:
-    app = _app()
-    state: State | None = app.extensions.get("eventstream")
-    if state is None:
-        raise NotRegisteredError(app.name)
-    return state
+        event_published.send(app_in_use(), channels=channel_names(names), id=event_id)
 
 
 eventstream = EventStream("eventstream", __name__)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from .channels import ChannelSet
 
-    Encoded = tuple[str | None, bytes, bytes]
-    """An event's own id, and its wire up to where the broker's would be, and behind."""
+    Encoded = tuple[str | None, bytes]
+    """An event's own id, and its wire, which lacks the broker's if it has none of its own."""
 
 DEFAULT_CHANNEL = "sse"
 """The channel of those who name none (Flask-SSE's default, so that its users feel at home)."""
@@ -102,21 +102,20 @@ class Broker(ABC):
         if data.id == "":
             hint = "is empty and would make clients forget their cursor; leave it out"
             raise InvalidFieldError("id", "", hint)
-        return (data.id, *data.encode_around_id(self.max_event_bytes))
+        return data.id, data.encode(self.max_event_bytes)
 
     def _append_many(self, names: Sequence[str], events: Sequence[Encoded]) -> list[str]:
         """Number some encoded events, as :meth:`_append` does for each."""
         return [self._append(names, *event) for event in events]
 
     @abstractmethod
-    def _append(
-        self, names: Sequence[str], id: str | None, before_id: bytes, after_id: bytes
-    ) -> str:
+    def _append(self, names: Sequence[str], id: str | None, wire: bytes) -> str:
         """Number an encoded event, keep it, wake who waits for it, and return its id.
 
         :param names: the channels, checked.
         :param id: the publisher's own id, which is on the wire already; ``None`` if the broker's
-            own has to be put between the two parts of the wire.
+            own has to be put there.
+        :param wire: the event.
         """
 
     @abstractmethod
@@ -230,6 +229,8 @@ class Subscription:
             if found is None:
                 return None
             wire, self.position = found
+            if not wire and self.position == self.channel_set.end:
+                continue
             remaining = deadline - time.monotonic()
             if wire or remaining <= 0:
                 return wire

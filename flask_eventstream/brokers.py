@@ -9,14 +9,14 @@ from .errors import ConfigurationError
 from .memory_broker import MemoryBroker
 
 if TYPE_CHECKING:
-    from .broker import Broker
     from .config import Config
+    from .local_broker import LocalBroker
 
 _REDIS = ("redis://", "rediss://", "unix://")
 _URL = "EVENTSTREAM_BROKER_URL"
 
 
-def new_broker(config: Config) -> Broker:
+def new_broker(config: Config) -> LocalBroker:
     """Return a broker as a configuration wants it.
 
     :raises ConfigurationError: if there is none for its URL, or if redis-py is not installed.
@@ -26,6 +26,7 @@ def new_broker(config: Config) -> Broker:
         "history_seconds": config.history_seconds,
         "max_event_bytes": config.max_event_bytes,
         "max_lag": config.max_lag,
+        "max_run_bytes": config.max_run_bytes,
     }
     if config.broker_url == "memory://":
         return MemoryBroker(**options)
@@ -35,7 +36,7 @@ def new_broker(config: Config) -> Broker:
     raise ConfigurationError(_URL, without_secrets(config.broker_url), reason)
 
 
-def _new_redis_broker(config: Config, options: dict[str, Any]) -> Broker:
+def _new_redis_broker(config: Config, options: dict[str, Any]) -> LocalBroker:
     try:
         # Only who uses Redis has to have its client.
         from .redis_broker import RedisBroker

@@ -115,14 +115,14 @@ class _Watch:
 class Channels:
     """The books of a broker. They have no lock: the broker's is held around every call but rings.
 
-    :param new_history: makes the history of a channel, given the highest number in the sequence
-        that may have been dropped from it before.
+    :param new_history: makes the history of a channel, given its name and the highest number in
+        the sequence that may have been dropped from it before.
     :param seconds: how long a channel is kept that nobody touches, in seconds.
     :ivar position: the place in the sequence up to which the books are complete.
     :ivar subscriptions: how many there are.
     """
 
-    def __init__(self, new_history: Callable[[int], History], seconds: float) -> None:
+    def __init__(self, new_history: Callable[[str, int], History], seconds: float) -> None:
         self.position = 0
         self.subscriptions = 0
         self._new_history = new_history
@@ -157,7 +157,7 @@ class Channels:
 
     def open(self, name: str, now: float, dropped: int) -> Channel:
         """Begin a channel, of which what came up to the position ``dropped`` is gone."""
-        channel = self._channels[name] = Channel(name, self._new_history(dropped), now)
+        channel = self._channels[name] = Channel(name, self._new_history(name, dropped), now)
         return channel
 
     def discard(self, name: str, last: Entry | None = None) -> None:
@@ -288,7 +288,10 @@ def read(
     channel_set: ChannelSet, after: int, until: int, max_bytes: int | None
 ) -> tuple[list[Entry], int] | None:
     """See :meth:`ChannelSet.read`; the entries are not joined yet."""
-    last = until if channel_set.end is None else min(until, channel_set.end)
+    end = channel_set.end
+    if end is not None and after >= end:
+        return None
+    last = until if end is None else min(until, end)
     # So many events reach the size.
     limit = None if max_bytes is None else max_bytes // _SMALLEST_EVENT + 1
     kept = []
@@ -305,8 +308,6 @@ def read(
     found = kept[0] if len(kept) == 1 else in_order(kept)
     if found and found[-1].seq > last:
         found = [entry for entry in found if entry.seq <= last]
-    if not found and channel_set.end is not None and max(after, last) >= channel_set.end:
-        return None
     if max_bytes is None or len(found) < 2:
         return found, max(after, last)
     return _cut(found, max(after, last), max_bytes)

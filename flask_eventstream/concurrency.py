@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,6 +102,34 @@ class Waker:
                 return False
             self._bell = None
             return True
+
+
+class Progress:
+    """Lets threads or greenlets wait until something is the case."""
+
+    def __init__(self) -> None:
+        self._waiting: set[Event] = set()
+
+    def notify(self) -> None:
+        """Have all who wait look again."""
+        for ready in tuple(self._waiting):
+            ready.set()
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Wait until a condition holds; tell whether it did within ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        ready = new_event()
+        self._waiting.add(ready)
+        try:
+            while not condition():
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return False
+                ready.wait(remaining)
+                ready.clear()
+            return True
+        finally:
+            self._waiting.discard(ready)
 
 
 class Errands:

@@ -29,6 +29,12 @@ def _seconds(value: Any) -> str | None:
     return "must be a number of seconds, more than 0"
 
 
+def _lease(value: Any) -> str | None:
+    # It is looked after ten times meanwhile, each time within milliseconds of Redis.
+    is_fine = _seconds(value) is None and value >= 1
+    return None if is_fine else "must be a number of seconds, at least 1"
+
+
 def _url(value: Any) -> str | None:
     # The scheme is looked at where the broker is made.
     return None if isinstance(value, str) else "must be a str, such as 'memory://'"
@@ -58,6 +64,11 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "max_lag": _seconds,
     "hijack": _flag,
     "key_prefix": _prefix,
+    "max_runs": _whole(1),
+    "max_runs_per_owner": _whole(1),
+    "max_run_bytes": _whole(1),
+    "run_seconds": _seconds,
+    "run_lease": _lease,
 }
 
 
@@ -84,6 +95,13 @@ class Config:
         so that they need no thread and no greenlet.
     :param key_prefix: what the names of all keys in Redis begin with. All processes of an app have
         to have the same one.
+    :param max_runs: how many runs a process may have at once; a POST beyond that is 429. Without
+        Redis, as many that have ended are kept.
+    :param max_runs_per_owner: and how many of one owner.
+    :param max_run_bytes: how much of a run's log is kept, in bytes. Who comes when its beginning
+        is gone gets a ``reset``.
+    :param run_seconds: how long a run can be read after its end, in seconds.
+    :param run_lease: with Redis, after how many seconds a run is lost whose process is silent.
     """
 
     broker_url: str = "memory://"
@@ -98,6 +116,11 @@ class Config:
     max_lag: float = 30
     hijack: bool = True
     key_prefix: str = "eventstream:"
+    max_runs: int = 1000
+    max_runs_per_owner: int = 10
+    max_run_bytes: int = 8 * 1024 * 1024
+    run_seconds: float = 600
+    run_lease: float = 15
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Config:

@@ -6,10 +6,12 @@ The rules of this file:
 * Lines end at CRLF, LF and CR only. U+2028 and the others of ``str.splitlines()`` are data.
 * An event always has data, if only an empty line of it: clients treat a block without data
   each in their own way (one hands it on, another fails to decode it as JSON).
+* ``retry`` is the first line and ``id`` the last one: a client that takes an id for seen as soon as
+  it has read that line would else lose the event in which its connection breaks.
 * An event that could not be read back cannot be built.
 
 >>> ServerSentEvent("first\nsecond", type="log", id="7").encode()
-b'id: 7\nevent: log\ndata: first\ndata: second\n\n'
+b'event: log\ndata: first\ndata: second\nid: 7\n\n'
 """
 
 from __future__ import annotations
@@ -168,7 +170,7 @@ class ServerSentEvent:
         :param max_bytes: the largest number of bytes allowed; without limit by default.
         :raises TooLargeError: if the event is larger.
 
-        The order of the fields is ours (the standard demands none); ``retry`` comes first.
+        The order of the fields is ours (the standard demands none): ``retry``, type, data, id.
         """
         data = self._data
         if "\r" in data:
@@ -176,28 +178,13 @@ class ServerSentEvent:
         if "\n" in data:
             data = data.replace("\n", "\ndata: ")
         head = "" if self._retry is None else f"retry: {self._retry}\n"
-        if self._id is not None:
-            head = f"{head}id: {self._id}\n"
         if self._type != "message":
             head = f"{head}event: {self._type}\n"
-        wire = f"{head}data: {data}\n\n".encode()
+        tail = "" if self._id is None else f"id: {self._id}\n"
+        wire = f"{head}data: {data}\n{tail}\n".encode()
         if max_bytes is not None and len(wire) > max_bytes:
             raise_too_large(len(wire), max_bytes)
         return wire
-
-    def encode_around_id(self, max_bytes: int | None = None) -> tuple[bytes, bytes]:
-        """Return the wire before and after the line of an id that is not known yet.
-
-        A broker numbers its events under a lock; this lets it encode them outside of it.
-
-        :param max_bytes: as for :meth:`encode`.
-        :raises TooLargeError: as :meth:`encode` does.
-        """
-        wire = self.encode(max_bytes)
-        if self._retry is None:
-            return b"", wire
-        retry, end, rest = wire.partition(b"\n")
-        return retry + end, rest
 
 
 def parsed_event(data: str, type: str, id: str | None, retry: int | None) -> ServerSentEvent:
@@ -208,6 +195,11 @@ def parsed_event(data: str, type: str, id: str | None, retry: int | None) -> Ser
     event._id = id
     event._retry = retry
     return event
+
+
+def with_id(wire: bytes, id: bytes) -> bytes:
+    """Return an encoded event that has no id with one."""
+    return b"%bid: %b\n\n" % (wire[:-1], id)
 
 
 def encode_data(data: str, max_bytes: int | None = None) -> bytes:

@@ -9,13 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigurationError
-from .event import HEARTBEAT, ServerSentEvent, encode_data, to_json
+from .event import HEARTBEAT, ServerSentEvent, encode_data, to_json, with_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 FINISHED_ID = "end"
 """The id of a stream's last event. A browser reconnects when a stream ends, and sends it back."""
+
+FAILED = "stream-error"
+"""The type of the last event of a stream that failed."""
 
 
 class StreamFormat:
@@ -46,9 +49,27 @@ class StreamFormat:
         text = ServerSentEvent(item).data if isinstance(item, str) else to_json(item, self._dumps)
         return encode_data(text, self._max_bytes)
 
+    def encode_with_id(self, item: Any, id: str) -> bytes:
+        """Return the wire of one item, not ``None``, with an id, also in place of its own.
+
+        :raises EventStreamError: as :meth:`encode`.
+        """
+        if isinstance(item, ServerSentEvent):
+            return item.with_id(id).encode(self._max_bytes)
+        return with_id(self.encode(item), id.encode())
+
+    def last(self, type: str, message: str = "") -> ServerSentEvent:
+        """Return the event that ends a stream, without its id.
+
+        :param type: ``"end"``, or what has ended it before: ``"stream-error"``, and of a run
+            ``"cancelled"`` or ``"lost"``.
+        :param message: what clients may know of it, as a sentence.
+        """
+        return ServerSentEvent({"message": message} if message else {}, type)
+
     def end(self) -> bytes:
         """Return the last event of a stream that is complete."""
-        return ServerSentEvent({}, "end", FINISHED_ID).encode()
+        return self.last("end").with_id(FINISHED_ID).encode()
 
     def error(self, message: str) -> bytes:
         """Return the last event of a stream that failed.
@@ -56,20 +77,27 @@ class StreamFormat:
         It has the id of the end too: running the view again without being asked is as wrong after
         a failure as it is after success.
         """
-        return ServerSentEvent({"message": message}, "stream-error", FINISHED_ID).encode()
+        return self.last(FAILED, message).with_id(FINISHED_ID).encode()
 
 
 class OpenAIFormat(StreamFormat):
     """What OpenAI's API sends: ``data: {...}``, then ``data: [DONE]`` or an ``error`` object."""
 
+    def last(self, type: str, message: str = "") -> ServerSentEvent:
+        """Return the line that OpenAI's clients stop at, or an error as the API has it."""
+        if type == "end":
+            return ServerSentEvent("[DONE]")
+        code = None if type == FAILED else type
+        error = {"message": message, "type": "server_error", "param": None, "code": code}
+        return ServerSentEvent({"error": error})
+
     def end(self) -> bytes:
-        """Return the line that OpenAI's clients stop at."""
-        return encode_data("[DONE]")
+        """Return the last event of a stream that is complete, which has no id there."""
+        return self.last("end").encode()
 
     def error(self, message: str) -> bytes:
-        """Return the error as the API has it in the middle of a stream."""
-        error = {"message": message, "type": "server_error", "param": None, "code": None}
-        return ServerSentEvent({"error": error}).encode()
+        """Return the last event of a stream that failed."""
+        return self.last(FAILED, message).encode()
 
 
 def stream_format(name: str, dumps: Callable[[Any], str], max_bytes: int) -> StreamFormat:

@@ -12,6 +12,7 @@ seconds, so that one who stands still costs no more than that.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from itertools import takewhile
 from operator import attrgetter
@@ -48,6 +49,7 @@ class History:
     :param tail_bytes: how much is kept beyond that for subscribers that are connected.
     :param tail_seconds: and for how long, in seconds.
     :param dropped: the highest sequence number that may have been dropped before.
+    :param max_bytes: how much is kept in all, but for a single event; without limit by default.
     :ivar dropped: the highest sequence number that is gone, for connected subscribers too.
     :ivar newest: the highest sequence number there was.
     """
@@ -56,6 +58,7 @@ class History:
         "_bytes",
         "_entries",
         "_first",
+        "_max_bytes",
         "_seconds",
         "_size",
         "_tail_bytes",
@@ -65,12 +68,19 @@ class History:
     )
 
     def __init__(
-        self, size: int, seconds: float, tail_bytes: int, tail_seconds: float, dropped: int = 0
+        self,
+        size: int,
+        seconds: float,
+        tail_bytes: int,
+        tail_seconds: float,
+        dropped: int = 0,
+        max_bytes: float = math.inf,
     ) -> None:
         self._size = size
         self._seconds = seconds
         self._tail_bytes = tail_bytes
         self._tail_seconds = tail_seconds
+        self._max_bytes = max_bytes
         self.dropped = self.newest = dropped
         self._bytes = 0
         # A list, in which a position is found by bisection; those before the first are dropped
@@ -107,10 +117,12 @@ class History:
             self._first = 0
 
     def _is_needed(self, oldest: Entry, now: float, keep_tail: bool) -> bool:
-        if len(self) <= self._size and now - oldest.time <= self._seconds:
+        count = len(self._entries) - self._first
+        is_recent = count <= self._size and now - oldest.time <= self._seconds
+        if is_recent and (self._bytes <= self._max_bytes or count == 1):
             return True
         # The newest event stays, however large it is: nobody can have taken it yet.
-        is_small = self._bytes <= self._tail_bytes or len(self) == 1
+        is_small = self._bytes <= self._tail_bytes or count == 1
         return keep_tail and is_small and now - oldest.time <= self._tail_seconds
 
     def after(self, seq: int, limit: int | None = None) -> list[Entry]:

@@ -5,6 +5,8 @@ How an event gets into the books, and what its number and its id are, is each br
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from abc import abstractmethod
 from collections import deque
@@ -21,7 +23,17 @@ from .history import Entry, History, in_order, joined
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from .run_registry import RunRegistry
+
 MINTED_HINT = "has the form of this broker's own ids; choose another, or leave it out"
+
+MAX_RUN_BYTES = 8 * 1024 * 1024
+"""How much of a run's log is kept by default, in bytes."""
+
+LOG_PREFIX = "\x1frun:"
+"""What the names of logs begin with. :func:`channel_names` refuses it, so no request and no
+publisher can name a log."""
+
 _TAIL_EVENTS = 4
 
 
@@ -33,6 +45,7 @@ class LocalBroker(Broker):
     :param max_event_bytes: the largest event accepted, in bytes on the wire; 1 MiB by default.
     :param max_lag: for how many seconds events beyond ``history`` are kept for subscribers that are
         connected; 30 by default.
+    :param max_run_bytes: how much of a run's log is kept; 8 MiB by default.
     :param clock: a clock in seconds that never goes back; :func:`time.monotonic` by default.
     """
 
@@ -43,11 +56,18 @@ class LocalBroker(Broker):
         history_seconds: float = 300,
         max_event_bytes: int = MAX_EVENT_BYTES,
         max_lag: float = 30,
+        max_run_bytes: int = MAX_RUN_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(max_event_bytes=max_event_bytes)
         tail_bytes = _TAIL_EVENTS * max_event_bytes
-        new_history = partial(History, history, history_seconds, tail_bytes, max_lag)
+        of_channel = partial(History, history, history_seconds, tail_bytes, max_lag)
+        # A log is kept as a whole, and forgotten as a whole.
+        of_log = partial(History, sys.maxsize, math.inf, 0, 0, max_bytes=max_run_bytes)
+
+        def new_history(name: str, dropped: int) -> History:
+            return (of_log if name.startswith(LOG_PREFIX) else of_channel)(dropped=dropped)
+
         self._new_channels = partial(Channels, new_history, history_seconds)
         self._clock = clock
         self._is_closed = False
@@ -69,7 +89,29 @@ class LocalBroker(Broker):
         self, *channels: str, last_event_id: str | None = None, history: int = 0
     ) -> Subscription:
         """Start to receive; see :meth:`Broker.subscribe`."""
-        names = channel_names(channels or DEFAULT_CHANNEL)
+        return self._open(channel_names(channels or DEFAULT_CHANNEL), last_event_id, history)
+
+    def subscribe_log(self, run: str, last: int) -> Subscription:
+        """Start to receive the log of a run, with all that is kept of it as its start.
+
+        :param run: the run's id.
+        :param last: the number of the last event that was written to it. The start reaches at least
+            as far.
+        """
+        return self._open((LOG_PREFIX + run,), None, sys.maxsize)
+
+    @abstractmethod
+    def registry(self, seconds: float, lease: float, max_ended: int) -> RunRegistry:
+        """Return what knows of the runs whose logs are this broker's.
+
+        :param seconds: how long a run is kept after its end, in seconds.
+        :param lease: how long a producer that is not heard of counts as alive, in seconds.
+        :param max_ended: how many runs that have ended this process keeps at most.
+        """
+
+    def _open(
+        self, names: tuple[str, ...], last_event_id: str | None, history: int
+    ) -> Subscription:
         with self._mutex:
             self._check_open()
             now = self._clock()

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from .broker import DEFAULT_CHANNEL, channel_names
 from .errors import InvalidFieldError
+from .event import with_id
 from .history import Entry
-from .local_broker import MINTED_HINT, LocalBroker, seq_of_minted
+from .local_broker import LOG_PREFIX, MINTED_HINT, LocalBroker, seq_of_minted
+from .run_registry import MemoryRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +24,7 @@ class MemoryBroker(LocalBroker):
     :param max_event_bytes: the largest event accepted, in bytes on the wire; 1 MiB by default.
     :param max_lag: for how many seconds events beyond ``history`` are kept for subscribers that are
         connected; 30 by default.
+    :param max_run_bytes: how much of a run's log is kept; 8 MiB by default.
     :param clock: a clock in seconds that never goes back; :func:`time.monotonic` by default.
 
     What is kept beyond ``history`` is at most four times ``max_event_bytes`` for each channel. A
@@ -30,7 +33,7 @@ class MemoryBroker(LocalBroker):
     >>> broker = MemoryBroker()
     >>> subscription = broker.subscribe("news")
     >>> id = broker.publish("Hello!", channel="news")
-    >>> subscription.take(timeout=1) == f"id: {id}\\ndata: Hello!\\n\\n".encode()
+    >>> subscription.take(timeout=1) == f"data: Hello!\\nid: {id}\\n\\n".encode()
     True
     >>> subscription.close()
     """
@@ -40,9 +43,7 @@ class MemoryBroker(LocalBroker):
         # With its parent's, a forked child would give other events the same ids.
         self._epoch = secrets.token_hex(4)
 
-    def _append(
-        self, names: Sequence[str], id: str | None, before_id: bytes, after_id: bytes
-    ) -> str:
+    def _append(self, names: Sequence[str], id: str | None, wire: bytes) -> str:
         with self._mutex:
             self._check_open()
             if id is not None and self._seq_of_minted(id) is not None:
@@ -52,8 +53,8 @@ class MemoryBroker(LocalBroker):
             event_id = id
             if event_id is None:
                 event_id = self.mint(seq)
-                after_id = b"id: %b\n%b" % (event_id.encode(), after_id)
-            is_read = self._channels.append(names, Entry(seq, now, id, before_id + after_id))
+                wire = with_id(wire, event_id.encode())
+            is_read = self._channels.append(names, Entry(seq, now, id, wire))
             self._channels.sweep(now)
         if is_read:
             self._channels.ring()
@@ -75,6 +76,30 @@ class MemoryBroker(LocalBroker):
     def subscriber_count(self, channel: str | None = None) -> int:
         """Return how many subscriptions there are; see :meth:`Broker.subscriber_count`."""
         return self.subscriptions if channel is None else self._local_count(channel)
+
+    def registry(self, seconds: float, lease: float, max_ended: int) -> MemoryRegistry:
+        """Return what knows of the runs; see :meth:`LocalBroker.registry`."""
+        # No lease: who could be told that this process is gone is gone with it.
+        return MemoryRegistry(self, seconds, max_ended, self._clock)
+
+    def write_log(self, run: str, wire: bytes) -> None:
+        """Append some events to the log of a run."""
+        with self._mutex:
+            self._check_open()
+            self._channels.position = seq = self._channels.position + 1
+            entry = Entry(seq, self._clock(), None, wire)
+            is_read = self._channels.append((LOG_PREFIX + run,), entry)
+        if is_read:
+            self._channels.ring()
+
+    def end_log(self, run: str) -> None:
+        """End all who read the log of a run, after what it has."""
+        self.disconnect(LOG_PREFIX + run)
+
+    def forget_log(self, run: str) -> None:
+        """Forget what the log of a run has; who reads it goes on."""
+        with self._mutex:
+            self._channels.discard(LOG_PREFIX + run)
 
     def disconnect(self, channel: str) -> int:
         """End every subscription of a channel; see :meth:`Broker.disconnect`."""

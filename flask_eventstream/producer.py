@@ -106,7 +106,7 @@ class _Producer:
         except BaseException as error:  # noqa: BLE001  # it is raised where the items are taken
             self._error = error
         finally:
-            self._close_source()
+            close_source(self._source)
             # A producer as the item of itself is its end.
             self._owner.hand_over(self, self)
 
@@ -119,17 +119,6 @@ class _Producer:
                 return True
             self._room.wait()
 
-    def _close_source(self) -> None:
-        close = getattr(self._source, "close", None)
-        if close is None:
-            return
-        try:
-            close()
-        except BaseException:
-            # Nobody takes items any more who could be told, and whatever it is (SystemExit too),
-            # the end must come, or the reader waits for ever.
-            _logger.exception("Closing the source of a stream failed: %r", self._source)
-
     def took_one(self) -> None:
         self._taken += 1
         self._room.set()
@@ -141,6 +130,19 @@ class _Producer:
     def reraise(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def close_source(source: Iterable[Any]) -> None:
+    """Close what a producer iterated, if it can be closed. If that fails, it is logged."""
+    close = getattr(source, "close", None)
+    if close is None:
+        return
+    try:
+        close()
+    except BaseException:
+        # Nobody takes items any more who could be told, and whatever it is (SystemExit too), the
+        # end must come, or the reader waits for ever.
+        _logger.exception("Closing the source of a stream failed: %r", source)
 
 
 def interval(seconds: float) -> Iterator[int]:

@@ -13,11 +13,12 @@ from . import concurrency
 from .broker import DEFAULT_CHANNEL, Subscription, channel_names
 from .errors import BrokerUnavailableError, InvalidFieldError
 from .event import MAX_EVENT_BYTES
-from .local_broker import MINTED_HINT, LocalBroker
+from .local_broker import LOG_PREFIX, MAX_RUN_BYTES, MINTED_HINT, LocalBroker
 from .redis_feeds import Feeds
 from .redis_link import MintedIdError, RedisLink
 from .redis_presence import Presence
 from .redis_reader import RedisReader
+from .redis_runs import RedisRegistry
 from .redis_scripts import PUBLISH, Keys, Script
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class RedisBroker(LocalBroker):
     :param max_event_bytes: the largest event accepted, in bytes on the wire; 1 MiB by default.
     :param max_lag: for how many seconds events beyond ``history`` are kept for subscribers that are
         connected; 30 by default.
+    :param max_run_bytes: how much of a run's log is kept; 8 MiB by default.
     :param timeout: how long ``publish`` waits for Redis at most, in seconds; 5 by default. What has
         to ask more than once may wait as often.
     :param max_connections: the size of the pool for commands; 8 by default. One connection more
@@ -84,6 +86,7 @@ class RedisBroker(LocalBroker):
         history_seconds: float = 300,
         max_event_bytes: int = MAX_EVENT_BYTES,
         max_lag: float = 30,
+        max_run_bytes: int = MAX_RUN_BYTES,
         timeout: float = 5,
         max_connections: int = 8,
     ) -> None:
@@ -100,7 +103,9 @@ class RedisBroker(LocalBroker):
             history_seconds=history_seconds,
             max_event_bytes=max_event_bytes,
             max_lag=max_lag,
+            max_run_bytes=max_run_bytes,
         )
+        self._max_run_bytes = max_run_bytes
         concurrency.call_at_exit(self._leave)
 
     def _start(self) -> None:
@@ -108,7 +113,7 @@ class RedisBroker(LocalBroker):
         self._feeds = Feeds(self._channels, self._clock)
         self._presence = Presence(self._link, self._keys)
         self._published = 0
-        self._progress: set[concurrency.Event] = set()
+        self._progress = concurrency.Progress()
         self._reader = RedisReader(
             self._link,
             self._keys,
@@ -120,10 +125,8 @@ class RedisBroker(LocalBroker):
             self._on_change,
         )
 
-    def _append(
-        self, names: Sequence[str], id: str | None, before_id: bytes, after_id: bytes
-    ) -> str:
-        [event_id] = self._send(names, [(id or "", before_id + after_id)])
+    def _append(self, names: Sequence[str], id: str | None, wire: bytes) -> str:
+        [event_id] = self._send(names, [(id or "", wire)])
         return event_id
 
     def _append_many(self, names: Sequence[str], events: Sequence[Encoded]) -> list[str]:
@@ -131,7 +134,7 @@ class RedisBroker(LocalBroker):
         for start in range(0, len(events), _EVENTS_AT_ONCE):
             some = events[start : start + _EVENTS_AT_ONCE]
             try:
-                ids += self._send(names, [(id or "", one + two) for id, one, two in some])
+                ids += self._send(names, [(id or "", wire) for id, wire in some])
             except BrokerUnavailableError as error:
                 error.published = ids
                 raise
@@ -198,7 +201,7 @@ class RedisBroker(LocalBroker):
     def settle(self) -> None:
         """Wait until what this process has published has come back to it from Redis."""
         is_behind = self._channels.position < self._published
-        if is_behind and not self._wait_until(self._is_settled, _SETTLE_SECONDS):
+        if is_behind and not self._progress.wait_until(self._is_settled, _SETTLE_SECONDS):
             # It may never come, from a server that has lost it. Once is enough to wait for it.
             self._published = 0
 
@@ -218,6 +221,18 @@ class RedisBroker(LocalBroker):
         with self._followed(names):
             self._prepare(names, last_event_id)
             return super().subscribe(*names, last_event_id=last_event_id, history=history)
+
+    def subscribe_log(self, run: str, last: int) -> Subscription:
+        """Start to receive the log of a run; see :meth:`LocalBroker.subscribe_log`."""
+        names = (LOG_PREFIX + run,)
+        with self._followed(names):
+            self._prepare(names, f"{run}.{last}")
+            return super().subscribe_log(run, last)
+
+    def registry(self, seconds: float, lease: float, max_ended: int) -> RedisRegistry:
+        """Return what knows of the runs, which Redis keeps; see :meth:`LocalBroker.registry`."""
+        limit = self._max_run_bytes
+        return RedisRegistry(self._link, self._keys, self._local_count, seconds, lease, limit)
 
     @contextmanager
     def _followed(self, names: Sequence[str]) -> Iterator[None]:
@@ -239,7 +254,8 @@ class RedisBroker(LocalBroker):
             return
         deadline = time.monotonic() + self._timeout
         # While it is not connected, each of many subscribers would only wait for an answer.
-        is_connected = self._wait_until(lambda: self._reader.is_connected, self._link.patience)
+        wait_until, patience = self._progress.wait_until, self._link.patience
+        is_connected = wait_until(lambda: self._reader.is_connected, patience)
         sync = self._reader.sync() if is_connected else None
 
         def is_prepared() -> bool:
@@ -247,7 +263,7 @@ class RedisBroker(LocalBroker):
                 is_there = sync is not None and self._feeds.has_reached(sync.epoch, sync.seq)
                 return is_there and self._feeds.are_ready(names)
 
-        is_heard = is_connected and self._wait_until(is_prepared, deadline - time.monotonic())
+        is_heard = is_connected and wait_until(is_prepared, deadline - time.monotonic())
         if not is_heard:
             raise BrokerUnavailableError(self._link.address, "nothing is heard of it")
 
@@ -258,26 +274,10 @@ class RedisBroker(LocalBroker):
         seq = self._seq_of(cursor, self._channels.histories(names))
         return seq is not None and seq <= self._channels.position
 
-    def _wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
-        deadline = time.monotonic() + timeout
-        ready = concurrency.new_event()
-        self._progress.add(ready)
-        try:
-            while not condition():
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    return False
-                ready.wait(remaining)
-                ready.clear()
-            return True
-        finally:
-            self._progress.discard(ready)
-
     def _on_change(self, is_read: bool) -> None:
         if is_read:
             self._channels.ring()
-        for ready in tuple(self._progress):
-            ready.set()
+        self._progress.notify()
 
     def _seq_of_minted(self, id: str) -> int | None:
         return self._feeds.position_of(id)

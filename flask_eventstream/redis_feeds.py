@@ -17,9 +17,9 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from .broker import encode_reset
+from .event import with_id
 from .history import Entry
 from .local_broker import seq_of_minted
-from .redis_scripts import with_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

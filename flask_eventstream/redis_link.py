@@ -96,6 +96,30 @@ class RedisLink:
 
         return self._attempt(run, begin)
 
+    def call_many(
+        self, script: Script, calls: Sequence[tuple[Sequence[bytes], Sequence[Any]]]
+    ) -> list[Any]:
+        """Run a script more than once in one go, and return what each has replied.
+
+        It must do no harm if it is run once more with the same keys and arguments.
+
+        :param script: the script.
+        :param calls: of each, its keys and its arguments.
+        :raises BrokerUnavailableError: as :meth:`call`.
+        """
+        commands = [
+            ("EVALSHA", script.sha, len(keys), *keys, *arguments) for keys, arguments in calls
+        ]
+        try:
+            return self.pipeline(commands)
+        except BrokerUnavailableError as error:
+            if not isinstance(error.__cause__, redis.exceptions.NoScriptError):
+                raise
+        # A new server, or one that was restarted. One call with the whole text, and it has it.
+        keys, arguments = calls[0]
+        self.pipeline([("EVAL", script.text, len(keys), *keys, *arguments)])
+        return self.pipeline(commands)
+
     def pipeline(
         self, commands: Sequence[tuple[Any, ...]], begin: float | None = None
     ) -> list[Any]:
@@ -123,7 +147,8 @@ class RedisLink:
                 return act(pause > 0)
             except (redis.AuthenticationError, redis.ResponseError) as error:
                 raise self._refusal(error) from error
-            except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+            except (redis.ConnectionError, redis.TimeoutError, OSError, ValueError) as error:
+                # A ValueError is what a socket raises that close() has closed meanwhile.
                 pause = min(_LONGEST_PAUSE, pause * 2 or 0.01)
                 if time.monotonic() + pause > last_start:
                     reason = f"no answer within {self._timeout:g} s: {error}"

@@ -14,6 +14,9 @@ With the prefix ``eventstream:`` and the database 0, the keys are:
     channel. It expires when nothing was published for a while.
 ``eventstream:0:processes``, ``eventstream:0:process:<token>``
     The processes that serve subscribers, and how many of each channel. Each has a lease of its own.
+``eventstream:0:run:<key>``, ``eventstream:0:producer:<token>``
+    How a run stands, and the lease of a process that has runs; see ``redis_runs``. The log of a run
+    is a channel whose name no publisher can give.
 
 Each event is also published as a message, under the name of its channel's key. Messages know no
 databases, so the name has the number in it. A message is a line ``<epoch> <seq> <milliseconds>
@@ -30,7 +33,7 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-_STATE = """\
+STATE = """\
 -- KEYS[1]: state, KEYS[2]: marks.
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -57,13 +60,65 @@ local function seq_before(seconds)
   return seq
 end
 
+local function newest(key, below)
+  return redis.call('XREVRANGE', key, below, '-', 'COUNT', 1)[1]
+end
+
 local function head(own_id)
   return string.format('%s %.0f %.0f %s\\n', epoch, seq, now, own_id)
 end
 """
 
+APPEND = """
+-- Appends events to channels, all or none. It needs: last_key, the number of the last of the keys
+-- that are channels, of which the first is the third; keep, seconds and nonce; events, a list of an
+-- own id or '' and a wire for each.
+local prev = {}
+for k = 3, last_key do
+  local entry = newest(KEYS[k], '+')
+  local number = entry and tonumber(string.match(entry[1], '%d+'))
+  if number and number > seq then
+    -- Of a time that the state knows nothing of any more.
+    redis.call('DEL', KEYS[k])
+    number = nil
+  end
+  prev[k] = number or -seq_before(seconds)
+end
+
+local is_due = now - marked > seconds * 1000 / 16
+if is_due then
+  marked = now
+end
+-- The first command that needs memory. If it is refused, nothing has happened.
+redis.call('HSET', KEYS[1], 'seq', string.format('%.0f', seq + #events / 2),
+  'marked', string.format('%.0f', marked))
+if is_due then
+  redis.call('XADD', KEYS[2], 'MAXLEN', 64, string.format('%.0f-%.0f', seq + 1, now), 'mark', '')
+  redis.call('EXPIRE', KEYS[2], seconds * 4)
+end
+
+for e = 1, #events, 2 do
+  seq = seq + 1
+  local id, message = string.format('%.0f-%.0f', seq, now), head(events[e])
+  for k = 3, last_key do
+    message = message .. string.format('%.0f %s\\n', prev[k], KEYS[k])
+  end
+  message = message .. '\\n' .. events[e + 1]
+  for k = 3, last_key do
+    redis.call('XADD', KEYS[k], 'MAXLEN', keep, id, 'nonce', nonce,
+      'prev', string.format('%.0f', prev[k]), 'id', events[e], 'wire', events[e + 1])
+    redis.call('PUBLISH', KEYS[k], message)
+    prev[k] = seq
+  end
+end
+for k = 3, last_key do
+  redis.call('EXPIRE', KEYS[k], seconds)
+end
+"""
+"""The part of a script that appends events to channels."""
+
 PUBLISH = (
-    _STATE
+    STATE
     + """
 -- Publishes events, all or none.
 -- KEYS[3] and so on: the channels. ARGV: 1 how many events a channel keeps, 2 for how many seconds,
@@ -72,10 +127,6 @@ PUBLISH = (
 -- Returns the epoch, the number of the last event, and the time in milliseconds. The epoch is '' if
 -- it was too late.
 local keep, seconds, nonce = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
-
-local function newest(key, below)
-  return redis.call('XREVRANGE', key, below, '-', 'COUNT', 1)[1]
-end
 
 if ARGV[5] == '1' then
   local entry = newest(KEYS[3], '+')
@@ -99,54 +150,17 @@ for e = 6, #ARGV, 2 do
   end
 end
 
-local prev = {}
-for k = 3, #KEYS do
-  local entry = newest(KEYS[k], '+')
-  local number = entry and tonumber(string.match(entry[1], '%d+'))
-  if number and number > seq then
-    -- Of a time that the state knows nothing of any more.
-    redis.call('DEL', KEYS[k])
-    number = nil
-  end
-  prev[k] = number or -seq_before(seconds)
-end
-
-local is_due = now - marked > seconds * 1000 / 16
-if is_due then
-  marked = now
-end
--- The first command that needs memory. If it is refused, nothing has happened.
-redis.call('HSET', KEYS[1], 'seq', string.format('%.0f', seq + (#ARGV - 5) / 2),
-  'marked', string.format('%.0f', marked))
-if is_due then
-  redis.call('XADD', KEYS[2], 'MAXLEN', 64, string.format('%.0f-%.0f', seq + 1, now), 'mark', '')
-  redis.call('EXPIRE', KEYS[2], seconds * 4)
-end
-
-for e = 6, #ARGV, 2 do
-  seq = seq + 1
-  local id, message = string.format('%.0f-%.0f', seq, now), head(ARGV[e])
-  for k = 3, #KEYS do
-    message = message .. string.format('%.0f %s\\n', prev[k], KEYS[k])
-  end
-  message = message .. '\\n' .. ARGV[e + 1]
-  for k = 3, #KEYS do
-    redis.call('XADD', KEYS[k], 'MAXLEN', keep, id, 'nonce', nonce,
-      'prev', string.format('%.0f', prev[k]), 'id', ARGV[e], 'wire', ARGV[e + 1])
-    redis.call('PUBLISH', KEYS[k], message)
-    prev[k] = seq
-  end
-end
-for k = 3, #KEYS do
-  redis.call('EXPIRE', KEYS[k], seconds)
-end
+local last_key, events = #KEYS, {unpack(ARGV, 6)}
+"""
+    + APPEND
+    + """
 return {epoch, seq, now}
 """
 )
 """Publishes events to some channels, all of them or none; the comments in it say how."""
 
 SYNC = (
-    _STATE
+    STATE
     + """
 -- Tells where the sequence is, and has the process at KEYS[3] told so by a message of its own.
 -- ARGV: 1 for how many seconds a channel keeps events.
@@ -195,6 +209,14 @@ class Keys:
     def process(self, token: str) -> bytes:
         """Return the key, and the name of the messages, of a process."""
         return b"%bprocess:%b" % (self._prefix, token.encode())
+
+    def run(self, key: str) -> bytes:
+        """Return the key of what is known of a run."""
+        return b"%brun:%b" % (self._prefix, key.encode())
+
+    def producer(self, token: str) -> bytes:
+        """Return the key of the lease of a process that has runs."""
+        return b"%bproducer:%b" % (self._prefix, token.encode())
 
     def name_of(self, key: bytes) -> str:
         """Return the name of the channel that a key belongs to."""
@@ -265,11 +287,3 @@ class Message(NamedTuple):
             prev, _, key = each.partition(b" ")
             prevs.append((keys.name_of(key), int(prev)))
         return cls(epoch.decode(), int(seq), id.decode() or None, prevs, wire)
-
-
-def with_id(wire: bytes, id: bytes) -> bytes:
-    """Return an event with its id: as its first line, but for ``retry``, which has to be that."""
-    if wire.startswith(b"retry: "):
-        retry, _, rest = wire.partition(b"\n")
-        return b"%b\nid: %b\n%b" % (retry, id, rest)
-    return b"id: %b\n%b" % (id, wire)

@@ -290,7 +290,7 @@ def _encoded(stream: Iterable[Any], encoder: StreamFormat) -> Generator[bytes, N
     except Exception as error:
         if not has_started:
             raise
-        yield encoder.error(_report(error))
+        yield encoder.error(report_failure(error))
     finally:
         _close(stream)
 
@@ -298,7 +298,7 @@ def _encoded(stream: Iterable[Any], encoder: StreamFormat) -> Generator[bytes, N
 def _with_heartbeats(
     items: Iterator[bytes], encoder: StreamFormat, heartbeat: float
 ) -> Generator[bytes, None, None]:
-    report = copy_current_request_context(_report)
+    report = copy_current_request_context(report_failure)
     producers = Producers([items], carry_context)
     silence = Silence(heartbeat)
     has_started = False
@@ -315,7 +315,7 @@ def _with_heartbeats(
         producers.close()
 
 
-def _report(error: Exception) -> str:
+def report_failure(error: BaseException) -> str:
     """Log what a view raised in mid-stream, and return what its client may know of it."""
     app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy's own method
     app.log_exception(sys.exc_info())

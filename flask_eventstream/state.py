@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flask import Flask, current_app
+
 from . import access
 from .brokers import new_broker
 from .config import Config
+from .errors import NotRegisteredError
 from .event import HEARTBEAT
 from .hub import SocketHub
+from .run import Runs
 from .signals import subscriber_disconnected
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .body import SubscriptionBody
-    from .broker import Broker
+    from .local_broker import LocalBroker
 
 
 @dataclass
@@ -28,15 +32,17 @@ class State:
     :param max_subscribers: how many subscribers its process may have.
     :param hub: what sends to their sockets, if they may be taken.
     :param on_close: called with the body of a subscriber who has left.
+    :param runs: the runs that its process produces.
     :param has_warned: whether it was said that the broker is for one process only.
     :param blueprints: those that are registered with it.
     """
 
     config: Config
-    broker: Broker
+    broker: LocalBroker
     max_subscribers: int | None
     hub: SocketHub | None
     on_close: Callable[[SubscriptionBody], None]
+    runs: Runs
     has_warned: bool = False
     blueprints: list[Any] = field(default_factory=list)
 
@@ -57,4 +63,24 @@ def new_state(app: Any) -> State:
     def on_close(body: SubscriptionBody) -> None:
         subscriber_disconnected.send(app, channels=body.subscription.channels)
 
-    return State(config, broker, room, hub, on_close)
+    registry = broker.registry(config.run_seconds, config.run_lease, config.max_runs)
+    runs = Runs(registry, config.max_runs, config.max_runs_per_owner)
+    return State(config, broker, room, hub, on_close, runs)
+
+
+def app_in_use() -> Flask:
+    """Return the current app itself, not the proxy of it."""
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+    return app
+
+
+def current_state() -> State:
+    """Return what the current app has.
+
+    :raises NotRegisteredError: if it has no event stream.
+    """
+    app = app_in_use()
+    state: State | None = app.extensions.get("eventstream")
+    if state is None:
+        raise NotRegisteredError(app.name)
+    return state

@@ -73,6 +73,7 @@ class ClientStream:
         self._events: deque[ServerSentEvent] = deque()
         self._chunks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._bodies: list[SubscriptionBody] = []
+        self._last_event_id = ""
         self._is_closed = False
         # The whole request runs on one thread, since a request's context belongs to one; a
         # deadline needs a second thread to wait on.
@@ -101,7 +102,9 @@ class ClientStream:
                 self._chunks.put(_END)
                 raise EOFError(f"the stream {self._path} has ended")
             self._events.extend(self._parser.feed(chunk))
-        return self._events.popleft()
+        event = self._events.popleft()
+        self._last_event_id = self._last_event_id if event.id is None else event.id
+        return event
 
     def __iter__(self) -> Iterator[ServerSentEvent]:
         """Yield the events up to the end of the stream."""
@@ -111,8 +114,8 @@ class ClientStream:
 
     @property
     def last_event_id(self) -> str:
-        """What a reconnect would have to send."""
-        return self._parser.last_event_id
+        """What a client that has seen as much would have to send when it reconnects."""
+        return self._last_event_id
 
     @property
     def reconnection_time(self) -> int | None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
+from pathlib import Path
+from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask, current_app, request
+from flask import Flask, current_app, request, session
 
 import flask_eventstream
 from flask_eventstream import (
@@ -22,6 +26,7 @@ from flask_eventstream import (
     interval,
     merge,
 )
+from flask_eventstream.event import HEARTBEAT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,10 +57,31 @@ def merged() -> Iterator[int]:
 
 
 @eventstream.stream("/count/<int:number>")
-def count(number: int) -> Iterator[dict[str, int]]:
+def count(number: int) -> Iterator[ServerSentEvent]:
     current_app.config["STARTED"] = current_app.config.get("STARTED", 0) + 1
     for n in range(number):
-        yield {"n": n}
+        yield ServerSentEvent({"n": n}, retry=request.args.get("retry", type=int))
+
+
+GATES: dict[str, threading.Event] = defaultdict(threading.Event)
+"""What generators wait for in the middle, until the test lets them go on."""
+
+BEFORE = ["Hel", "lo ", "世界", " 👋🏽", "!\nA line\u2028of two, "]
+AFTER = ["再", "见", "", " 🎉", "!\n"]
+
+
+@eventstream.resumable("/answer/<name>")
+def answer(name: str) -> Iterator[str]:
+    """Stop in mid-answer until the test says ``/go/<name>``."""
+    current_app.config["STARTED"] = current_app.config.get("STARTED", 0) + 1
+    yield from BEFORE
+    GATES[name].wait()
+    yield from AFTER
+
+
+def go(name: str) -> dict[str, str]:
+    GATES[name].set()
+    return {}
 
 
 def publish() -> dict[str, str]:
@@ -211,6 +237,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.add_url_rule("/state", view_func=state)
     app.add_url_rule("/blocks", view_func=blocks)
     app.add_url_rule("/started", view_func=started)
+    app.add_url_rule("/go/<name>", view_func=go, methods=["POST"])
     app.add_url_rule("/v1/chat/completions", "chat", chat, methods=["POST"])
     app.add_url_rule("/ids", "ids", lambda: EventStreamResponse(with_ids()))
     app.add_url_rule("/raw", view_func=raw)
@@ -219,4 +246,106 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.add_url_rule("/compute", view_func=compute)
     app.add_url_rule("/child", view_func=child, methods=["POST"])
     app.add_url_rule("/who", view_func=who)
+    return app
+
+
+# An upstream, and what relays it
+
+
+UPSTREAM_EVENTS = [
+    ServerSentEvent("one\n\n two\u2028\n", type="first", id="7", retry=9000),
+    ServerSentEvent({"text": "世界 👋🏽"}, type="tool_call"),
+    ServerSentEvent("", id=8),
+    ServerSentEvent("再见\n🎉"),
+]
+
+
+class Upstream:
+    """What an upstream sends, by the prompt, and what it tells of itself.
+
+    :ivar told: how often it was asked, how many events it has produced, and how many of its
+        answers it goes on with.
+    """
+
+    def __init__(self) -> None:
+        self.told = {"asked": 0, "produced": 0, "open": 0}
+
+    def answer(self) -> Any:
+        key, prompt = request.headers["Authorization"], request.get_json()["messages"][0]["content"]
+        if prompt.isdigit():
+            # As some do that are of help where they should not.
+            return f"Your key {key} is refused.", int(prompt), {"X-Your-Key": key}
+        items = getattr(self, prompt)()
+        return current_app.response_class(self._count(items), mimetype="text/event-stream")
+
+    def _count(self, items: Iterator[ServerSentEvent | None]) -> Iterator[bytes]:
+        self.told["asked"] += 1
+        self.told["open"] += 1
+        try:
+            for item in items:
+                self.told["produced"] += item is not None
+                yield HEARTBEAT if item is None else item.encode()
+        finally:
+            self.told["open"] -= 1
+
+    def events(self) -> Iterator[ServerSentEvent | None]:
+        """The second one is produced only when the test has said ``/go/events``."""
+        first, *others = UPSTREAM_EVENTS
+        yield first
+        while not GATES["events"].wait(0.05):
+            yield None
+        GATES["events"].clear()
+        yield from others
+        yield ServerSentEvent("[DONE]")
+
+    def tokens(self) -> Iterator[ServerSentEvent | None]:
+        for n in interval(0.02):
+            yield ServerSentEvent(str(n))
+
+    def heartbeats(self) -> Iterator[ServerSentEvent | None]:
+        yield ServerSentEvent("thinking")
+        for _ in interval(0.05):
+            yield None
+
+    def silence(self) -> Iterator[ServerSentEvent | None]:
+        """Nothing more until the test has said ``/go/silence``."""
+        yield ServerSentEvent("thinking")
+        GATES["silence"].wait()
+
+    def flood(self) -> Iterator[ServerSentEvent | None]:
+        number = 0
+        while True:
+            yield ServerSentEvent(f"{number} {'x' * 16_000}")
+            number += 1
+
+    def broken(self) -> Iterator[ServerSentEvent | None]:
+        yield ServerSentEvent("before")
+        raise RuntimeError("the rest of the answer is lost")
+
+    def unfinished(self) -> Iterator[ServerSentEvent | None]:
+        yield ServerSentEvent("before")
+
+
+def create_upstream() -> Flask:
+    app, upstream = Flask(__name__), Upstream()
+    app.add_url_rule("/v1/chat/completions", view_func=upstream.answer, methods=["POST"])
+    app.add_url_rule("/told", "told", lambda: upstream.told)
+    app.add_url_rule("/go/<name>", view_func=go, methods=["POST"])
+    return app
+
+
+def create_relay(*replaced: tuple[str, str]) -> Flask:
+    """Make an app of the code in the documentation, some of its text replaced."""
+    app, own = Flask(__name__), EventStream("eventstream", __name__)
+    app.secret_key = "of the session"
+    # Who asks is the same user each time.
+    app.before_request(lambda: session.update(user_id=1))
+    page = (Path(__file__).parent.parent / "docs" / "relay.rst").read_text("utf-8")
+    shown = re.findall(r"^\.\. testcode::\n\n((?:   .*\n|\n)+)", page, re.MULTILINE)
+    code = "".join(map(dedent, shown))
+    for old, new in replaced:
+        assert old in code, f"docs/relay.rst has no {old!r} any more"
+        code = code.replace(old, new)
+    exec(code, {"eventstream": own})
+    app.register_blueprint(own)
     return app

@@ -15,7 +15,7 @@ from flask_eventstream import Broker, MemoryBroker
 
 PUBLISHERS = 3
 SUBSCRIBERS = 8
-_EVENT = re.compile(rb"id: (\S+)\ndata: (\d+):(\d+)\n\n")
+_EVENT = re.compile(rb"data: (\d+):(\d+)\nid: (\S+)\n\n")
 
 
 class Hammer:
@@ -57,14 +57,14 @@ class Hammer:
         events = _EVENT.findall(wire)
         # A connection breaks anywhere: what came after the break was never seen.
         events = events[: chance.randrange(len(events) + 1)]
-        for _, publisher, number in events:
+        for publisher, number, _ in events:
             wanted = expected.get(int(publisher), int(number))
             if int(number) != wanted:
                 self.failures.append(f"{publisher!r}: {number!r} came instead of {wanted}")
             expected[int(publisher)] = int(number) + 1
         self.received["events"] += len(events)
         self.received["connections"] += 1
-        return events[-1][0].decode() if events else None
+        return events[-1][2].decode() if events else None
 
     def run(self) -> None:
         publishers = [spawn(self.publish, n) for n in range(PUBLISHERS)]

@@ -13,6 +13,7 @@ missing() {
     [ "${1:-}" = redis ] && return
     command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
     command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || echo nginx-light
+    command -v curl >/dev/null || echo curl
     command -v openssl >/dev/null || echo openssl
     command -v node >/dev/null || echo nodejs
     command -v npm >/dev/null || echo npm

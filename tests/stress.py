@@ -32,8 +32,8 @@ UNTRACED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
 """The environment of a process whose lines nobody counts, which would make it several times slower
 and its figures those of something else."""
 
-_EVENT = re.compile(rb"^id: (\S+)\ndata: (\d+) (\d+) x*\n\n", re.MULTILINE)
-_SNAPSHOT = re.compile(rb"^id: \S+\ndata: (\d+)\n\n", re.MULTILINE)
+_EVENT = re.compile(rb"^data: (\d+) (\d+) x*\nid: (\S+)\n\n", re.MULTILINE)
+_SNAPSHOT = re.compile(rb"^data: (\d+)\nid: \S+\n\n", re.MULTILINE)
 _RESET = re.compile(rb"^(?:id: \S+\n)?event: reset\n(?:[^\n]+\n)+\n", re.MULTILINE)
 _ADDRESSES = 16
 _AT_ONCE = 50
@@ -101,9 +101,9 @@ class Wire:
             self.faults.append(f"not whole: {whole[:200]!r}")
         self.resets += resets
         if found:
-            self._check([int(number) for _, number, _ in found])
-            self.id = found[-1][0]
-            self.stamps = [(int(number), int(stamp)) for _, number, stamp in found]
+            self._check([int(number) for number, _, _ in found])
+            self.id = found[-1][2]
+            self.stamps = [(int(number), int(stamp)) for number, stamp, _ in found]
 
     def _check(self, numbers: list[int]) -> None:
         start = self.last + 1 if self.events else numbers[0]

@@ -12,7 +12,17 @@ import flask_eventstream
 PACKAGE = Path(flask_eventstream.__file__).parent
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py"))
 TREES = {room: ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8")) for room in ROOMS}
-WITH_FLASK = {"signals", "response", "run", "access", "blueprint", "cli", "testing"}
+WITH_FLASK = {
+    "access",
+    "blueprint",
+    "cli",
+    "opening",
+    "response",
+    "resumable",
+    "signals",
+    "state",
+    "testing",
+}
 WITH_SOCKETS = {"descriptors", "hijack"}
 SOCKETS = {"socket", "select", "selectors", "ssl", "asyncio"}
 

@@ -452,7 +452,7 @@ def test_a_generator_view_streams_what_it_yields(
     for method in ("GET", "POST"):
         assert client.open("/stream/count/2?plus=7", method=method).text == (
             'data: {"n": 0, "plus": 7}\n\ndata: {"n": 1, "plus": 8}\n\n'
-            "id: end\nevent: end\ndata: {}\n\n"
+            "event: end\ndata: {}\nid: end\n\n"
         )
 
 

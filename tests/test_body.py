@@ -25,7 +25,7 @@ def test_the_first_bytes_come_at_once_and_pending_events_together(broker: Memory
     stream = body(broker, b"first")
     ids = [broker.publish(str(n)) for n in range(3)]
     assert next(stream) == b"first"
-    wire = "".join(f"id: {id}\ndata: {n}\n\n" for n, id in enumerate(ids))
+    wire = "".join(f"data: {n}\nid: {id}\n\n" for n, id in enumerate(ids))
     assert next(stream) == wire.encode()
 
 

@@ -61,14 +61,14 @@ def test_what_is_published_arrives_as_the_same_bytes(broker: Broker) -> None:
     subscription = broker.subscribe()
     id = broker.publish({"a": 1}, "tick", None, 5)
     assert subscription.take(5) == (
-        b'retry: 5\nid: %b\nevent: tick\ndata: {"a": 1}\n\n' % id.encode()
+        b'retry: 5\nevent: tick\ndata: {"a": 1}\nid: %b\n\n' % id.encode()
     )
 
 
 def test_a_whole_event_can_be_published(broker: Broker) -> None:
     subscription = broker.subscribe()
     assert broker.publish(ServerSentEvent("x", "tick", "mine", 5)) == "mine"
-    assert subscription.take(5) == b"retry: 5\nid: mine\nevent: tick\ndata: x\n\n"
+    assert subscription.take(5) == b"retry: 5\nevent: tick\ndata: x\nid: mine\n\n"
 
 
 def test_a_batch_is_published_in_order(broker: Broker) -> None:
@@ -278,7 +278,7 @@ def test_take_waits_for_the_first_event(broker: Broker) -> None:
     reader.start()
     id = broker.publish("x")
     reader.join(20)
-    assert taken == [b"id: %b\ndata: x\n\n" % id.encode()]
+    assert taken == [b"data: x\nid: %b\n\n" % id.encode()]
 
 
 def test_take_returns_nothing_when_the_time_is_over(broker: Broker) -> None:

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_eventstream import MemoryBroker
-from flask_eventstream.channels import Channels
+from flask_eventstream.channels import Channels, read
 from flask_eventstream.history import Entry, History
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def books(seconds: float = 10) -> Channels:
-    channels = Channels(partial(History, 3, seconds, 0, 1), seconds)
+    channels = Channels(lambda name, dropped: History(3, seconds, 0, 1, dropped), seconds)
     channels.position = 10
     return channels
 
@@ -45,8 +44,8 @@ def test_a_watch_is_told_of_the_sets_that_have_news_and_of_no_others() -> None:
     channels = books()
     rung: list[int] = []
     watch = channels.watch(lambda: rung.append(1))
-    for read in (["a"], ["a", "b"], ["b"], ["c"]):
-        join(channels, *read)
+    for each in (["a"], ["a", "b"], ["b"], ["c"]):
+        join(channels, *each)
     assert channels.append(["a"], entry(1))
     assert not channels.append(["nobody"], entry(2))
     channels.ring()
@@ -178,5 +177,17 @@ def test_an_ended_set_is_read_up_to_its_end() -> None:
     broker.publish("1", id="one")
     broker.disconnect("sse")
     broker.publish("2")
-    assert subscription.channel_set.read(0) == (b"id: one\ndata: 1\n\n", 1)
+    assert subscription.channel_set.read(0) == (b"data: 1\nid: one\n\n", 1)
     assert subscription.channel_set.read(1) is None
+
+
+def test_an_end_behind_the_last_event_comes_after_it() -> None:
+    channels = books()
+    channel_set = join(channels, "a")
+    channels.append(["a"], entry(11))
+    channels.position = 12
+    assert channels.end_channel("a", 12) == 1
+    # Who has all but the end is not taken for one that lacks something.
+    assert read(channel_set, 10, 12, None) == ([entry(11)], 12)
+    assert read(channel_set, 11, 12, None) == ([], 12)
+    assert read(channel_set, 12, 12, None) is None

@@ -119,5 +119,5 @@ def test_every_worker_streams_the_same_bytes(worker: str, options: list[str]) ->
     ):
         assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
         assert answer.read() == (
-            b'data: {"n": 0}\n\ndata: {"n": 1}\n\nid: end\nevent: end\ndata: {}\n\n'
+            b'data: {"n": 0}\n\ndata: {"n": 1}\n\nevent: end\ndata: {}\nid: end\n\n'
         )

@@ -6,8 +6,13 @@ For each habit there is the counter-proof: the same client reads bytes without i
 from __future__ import annotations
 
 import json
+import re
+import socket
 import subprocess
+import threading
 import urllib.request
+from contextlib import closing, suppress
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -17,6 +22,7 @@ import httpx_sse
 import openai
 import pytest
 
+from .apps import AFTER, BEFORE
 from .servers import Server, serving, skip_unless_ci, system_part, wait_for
 
 if TYPE_CHECKING:
@@ -28,7 +34,7 @@ NPM = ["eventsource", "fetch-event-source"]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    config = "{'EVENTSTREAM_HEARTBEAT': 0.1, 'EVENTSTREAM_RETRY': 100}"
+    config = "{'EVENTSTREAM_HEARTBEAT': 0.1, 'EVENTSTREAM_RETRY': 50}"
     with serving(f"tests.apps:create_app({config})", "gevent") as started:
         yield started
 
@@ -70,7 +76,7 @@ def test_openais_client_reads_openais_format_with_heartbeats_in_between(server: 
 @pytest.mark.parametrize(
     ("habit", "mistake"),
     [
-        ('id: 1\ndata: {"id": "a"}\n\n:\ndata: [DONE]\n\n', "a blank line after a heartbeat"),
+        ('data: {"id": "a"}\nid: 1\n\n:\ndata: [DONE]\n\n', "a blank line after a heartbeat"),
         ('retry: 5\ndata: {"id": "a"}\n\ndata: [DONE]\n\n', "a lone retry"),
     ],
 )
@@ -104,8 +110,8 @@ def test_httpx_sse_sees_events_and_no_heartbeats(server: Server) -> None:
 @pytest.mark.parametrize(
     ("wire", "data"),
     [
-        ("id: 1\ndata: a\n\n:\ndata: b\n\n", ["a", "b"]),
-        ("id: 1\ndata: a\n\n:\n\ndata: b\n\n", ["a", "", "b"]),
+        ("data: a\nid: 1\n\n:\ndata: b\n\n", ["a", "b"]),
+        ("data: a\nid: 1\n\n:\n\ndata: b\n\n", ["a", "", "b"]),
         (":\nretry: 5\ndata: a\n\n", ["a"]),
         (":\nretry: 5\n\ndata: a\n\n", ["", "a"]),
         ("id: 1\n\ndata: a\n\n", ["", "a"]),
@@ -151,7 +157,7 @@ def test_httpx_sse_reads_a_channel(server: Server) -> None:
         event = next(source.iter_sse())
     assert (event.event, event.data, event.id) == ("greeting", "Hello!", id)
     assert event.retry is not None
-    assert 80 <= event.retry <= 120
+    assert 40 <= event.retry <= 60
 
 
 # The clients from npm
@@ -214,9 +220,22 @@ def test_a_block_without_data_would_reach_the_user_of_fetch_event_source(
     assert len(empty) == (2 if client == "fetch-event-source" else 0)
 
 
+@pytest.mark.parametrize(
+    ("client", "texts"),
+    [("eventsource", ["\na", '"\\na"', "{}"]), ("fetch-event-source", ["a", '"\\na"', "{}"])],
+)
+def test_a_line_break_at_the_start_of_a_text_reaches_fetch_event_source_only_as_json(
+    server: Server, client: str, texts: list[str]
+) -> None:
+    wire = 'data: \ndata: a\n\ndata: "\\na"\n\ndata: {}\n\n'
+    with NpmClient(client, raw(server, wire)) as reader:
+        told = [reader.next() for _ in range(4)]
+    assert [one["data"] for one in told[1:]] == texts
+
+
 def test_a_finished_stream_is_not_run_again_for_an_eventsource(server: Server) -> None:
     before = int(httpx.get(f"{server.url}/started").text)
-    with NpmClient("eventsource", f"{server.url}/stream/count/2") as reader:
+    with NpmClient("eventsource", f"{server.url}/stream/count/2?retry=50") as reader:
         told = reader.until("closed")
     assert [one["what"] for one in told] == ["open", "message", "message", "end", "error", "closed"]
     assert int(httpx.get(f"{server.url}/started").text) == before + 1
@@ -237,12 +256,144 @@ def test_an_eventsource_returns_with_its_cursor_and_misses_nothing(server: Serve
 def test_an_id_that_no_header_can_carry_would_cut_an_eventsource_off(server: Server) -> None:
     id = "数".encode().decode("latin-1")
     for wire, returns in (
-        (f"retry: 1\nid: {id}\ndata: a\n\n", False),
+        (f"retry: 1\ndata: a\nid: {id}\n\n", False),
         ("retry: 1\ndata: a\n\n", True),
     ):
         with NpmClient("eventsource", raw(server, wire), seconds=2) as reader:
             assert [one["what"] for one in reader.until("error")] == ["open", "message", "error"]
             assert (reader.next()["what"] == "open") is returns
+
+
+# The clients from npm, on a run
+
+
+LAST_WORDS = {"eventsource": "closed", "fetch-event-source-post": "done"}
+SECONDS = 20
+
+
+class CuttingProxy:
+    """Passes connections on to a server, and cuts some of them in the middle of the answer.
+
+    :param target: the server's port.
+    :param lasts: of the first connections in turn, what is the last to come through, as a pattern.
+    """
+
+    def __init__(self, target: int, *lasts: bytes) -> None:
+        self._target = target
+        self._lasts = lasts
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+
+    def _accept(self) -> None:
+        for last in chain(self._lasts, repeat(b"")):
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client, last), daemon=True).start()
+
+    def _serve(self, client: socket.socket, last: bytes) -> None:
+        with client, socket.create_connection(("127.0.0.1", self._target)) as server:
+            asking = threading.Thread(target=self._pass_on, args=(client, server, b""))
+            asking.start()
+            self._pass_on(server, client, last)
+            asking.join()
+
+    def _pass_on(self, one: socket.socket, other: socket.socket, last: bytes) -> None:
+        passed, found = b"", None
+        with suppress(OSError):
+            while not found and (data := one.recv(65536)):
+                start, passed = len(passed), passed + data
+                found = re.search(last, passed) if last else None
+                other.sendall(passed[start : found.end()] if found else data)
+        for socket_ in (one, other):
+            # close() alone would tell nobody as long as the other thread waits for something.
+            with suppress(OSError):
+                socket_.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
+        self._listener.close()
+
+
+class Answer:
+    """A run of the server's, and its URL at a proxy."""
+
+    def __init__(self, server: Server, proxy: CuttingProxy, name: str) -> None:
+        self._host = f"127.0.0.1:{proxy.port}"
+        self._path = f"/stream/answer/{name}"
+        self._go = f"{server.url}/go/{name}"
+        self._server = server
+        self.url = f"http://{self._host}{self._path}"
+
+    def request(self, method: str, last_event_id: str = "") -> int:
+        """Ask for it past the proxy, and leave; return the status."""
+        # A run is found by the host that was asked for, too.
+        headers = {"Host": self._host, "Last-Event-ID": last_event_id}
+        with httpx.stream(method, f"{self._server.url}{self._path}", headers=headers) as answer:
+            return answer.status_code
+
+    def go_on(self) -> None:
+        httpx.post(self._go)
+
+
+def whats(told: list[dict[str, Any]]) -> list[str]:
+    return [one["what"] for one in told]
+
+
+def assert_whole(told: list[dict[str, Any]]) -> str:
+    """Check that a run came once and in order, with its end; return the end's id."""
+    events = [one for one in told if one["id"]]
+    assert [event["data"] for event in events] == [*BEFORE, *AFTER, "{}"]
+    assert whats(events) == ["message"] * (len(events) - 1) + ["end"]
+    run, _, last = events[-1]["id"].rpartition(".")
+    assert [event["id"] for event in events] == [f"{run}.{n + 1}" for n in range(int(last))]
+    return str(events[-1]["id"])
+
+
+CUTS = ("👋🏽".encode()[:6], "再".encode()[:2])
+BEHIND_THE_END = rb"event: end\ndata: {}\nid: \S+\n\n"
+
+
+@pytest.mark.parametrize("client", LAST_WORDS)
+def test_a_client_that_is_cut_off_in_mid_answer_gets_the_rest_of_the_run_and_stops(
+    server: Server, client: str
+) -> None:
+    before = int(httpx.get(f"{server.url}/started").text)
+    with closing(CuttingProxy(server.port, *CUTS)) as proxy:
+        run = Answer(server, proxy, client)
+        if client == "eventsource":
+            # It can only GET what somebody else has started.
+            run.request("POST")
+        with NpmClient(client, run.url, seconds=SECONDS) as reader:
+            told = reader.until("error")
+            run.go_on()
+            told += reader.until("error")
+            told += reader.until(LAST_WORDS[client])
+        last = assert_whole(told)
+        assert [run.request(method, last) for method in ("GET", "POST")] == [204, 204]
+    assert whats(told).count("open") == 3
+    end = ["end", "error", "closed"] if client == "eventsource" else ["end", "end of body", "done"]
+    assert whats(told)[-3:] == end
+    assert int(httpx.get(f"{server.url}/started").text) == before + 1
+
+
+@pytest.mark.parametrize("client", LAST_WORDS)
+def test_a_client_that_is_cut_off_behind_the_end_of_a_run_is_told_that_there_is_no_more(
+    server: Server, client: str
+) -> None:
+    with closing(CuttingProxy(server.port, BEHIND_THE_END)) as proxy:
+        run = Answer(server, proxy, f"{client}-to-the-end")
+        run.go_on()
+        run.request("POST")
+        with NpmClient(client, run.url, seconds=SECONDS) as reader:
+            told = reader.until(LAST_WORDS[client])
+    assert_whole(told)
+    expected = ["end", "error", "closed"] + ["done"] * (LAST_WORDS[client] == "done")
+    assert whats(told)[whats(told).index("end") :] == expected
 
 
 def test_subscribers_of_clients_that_were_killed_are_gone(server: Server) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from flask_eventstream import MemoryBroker, concurrency
 
-from .servers import ROOT, wait_for
+from .servers import DEADLINE, ROOT, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -215,3 +215,20 @@ def test_any_thread_of_a_patched_process_reaches_its_greenlets(start: str) -> No
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_who_waits_for_progress_looks_whenever_there_is_some() -> None:
+    progress = concurrency.Progress()
+    numbers = iter([False, False, True])
+    ringing = threading.Event()
+
+    def notify() -> None:
+        while not ringing.wait(0.001):
+            progress.notify()
+
+    thread = threading.Thread(target=notify)
+    thread.start()
+    assert progress.wait_until(lambda: next(numbers), DEADLINE)
+    assert not progress.wait_until(lambda: False, 0.01)
+    ringing.set()
+    thread.join()

@@ -26,8 +26,14 @@ def test_every_key_is_read() -> None:
         "EVENTSTREAM_MAX_LAG": 9,
         "EVENTSTREAM_HIJACK": False,
         "EVENTSTREAM_KEY_PREFIX": "mine:",
+        "EVENTSTREAM_MAX_RUNS": 10,
+        "EVENTSTREAM_MAX_RUNS_PER_OWNER": 11,
+        "EVENTSTREAM_MAX_RUN_BYTES": 12,
+        "EVENTSTREAM_RUN_SECONDS": 13.5,
+        "EVENTSTREAM_RUN_LEASE": 14.5,
     }
-    expected = Config("memory://", 0, 1.5, 2, 0, 5, 6, 7, 8.5, 9, False, "mine:")
+    channels = ("memory://", 0, 1.5, 2, 0, 5, 6, 7, 8.5, 9, False, "mine:")
+    expected = Config(*channels, 10, 11, 12, 13.5, 14.5)
     assert Config.read(given) == expected
 
 
@@ -49,6 +55,11 @@ BAD: dict[str, list[Any]] = {
     "MAX_LAG": [None, 0, "3"],
     "HIJACK": [None, 1],
     "KEY_PREFIX": [None, "", "a b", "ü", "\n", 7],
+    "MAX_RUNS": [None, 0, "3"],
+    "MAX_RUNS_PER_OWNER": [None, 0, "3"],
+    "MAX_RUN_BYTES": [None, 0, "3"],
+    "RUN_SECONDS": [None, 0, "3"],
+    "RUN_LEASE": [None, 0, 0.5, "15", True],
 }
 
 

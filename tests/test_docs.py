@@ -102,7 +102,7 @@ def test_another_program_publishes_as_the_documentation_says(
         )
         assert done.stderr == ""
         epoch, seq, _ = done.stdout.split()
-        wire = f"id: {epoch}-{seq}\nevent: greeting\ndata: Hello!\n\n"
+        wire = f"event: greeting\ndata: Hello!\nid: {epoch}-{seq}\n\n"
         assert subscription.take(10) == wire.encode()
 
 
@@ -148,6 +148,49 @@ def test_the_page_of_the_readme_prints_what_the_readme_says(tmp_path: Path) -> N
         page.request.post(f"{server.url}/greet")
         page.wait_for_function("document.body.innerText")
         assert page.inner_text("body") == printed
+
+
+RUN_APP = """
+import time
+from flask import Flask, request
+from flask_eventstream import eventstream
+
+app = Flask(__name__)
+
+@eventstream.resumable("/chat/<conversation>")
+def chat(conversation):
+    for character in request.json["prompt"]:
+        yield character
+        time.sleep(0.02)
+
+app.register_blueprint(eventstream, url_prefix="/stream")
+app.get("/")(lambda: '''<output id="text"></output><output id="state"></output><script>
+const conversation = 1;
+{script}
+follow();
+</script>''')
+"""
+
+
+def test_the_page_of_a_run_shows_all_of_it_after_a_reload_too(tmp_path: Path) -> None:
+    docs = (DOCS / "runs.rst").read_text("utf-8")
+    script = re.findall(r"code-block:: javascript\n\n((?:   .*\n|\n)+)", docs)[0]
+    (tmp_path / "run_page.py").write_text(RUN_APP.replace("{script}", script), "utf-8")
+    path = f"--pythonpath={tmp_path}"
+    prompt = "Hé, 你好!\n👩‍💻 writes:\n\n data: x " * 3
+    with serving("run_page:app", "gthread", "--threads=4", path) as server, chromium() as browser:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.evaluate("(prompt) => void ask(prompt)", prompt)
+        page.wait_for_function("text.value.length > 20")
+        page.reload()
+        page.wait_for_function("state.value === 'end'")
+        assert page.evaluate("text.value") == prompt
+        page.evaluate("(prompt) => void ask(prompt)", prompt)
+        page.wait_for_function("text.value.length > 5 && text.value.length < 40")
+        page.evaluate("void stop()")
+        page.wait_for_function("state.value === 'cancelled'")
+        assert prompt.startswith(page.evaluate("text.value"))
 
 
 def test_every_link_of_the_readme_leads_to_a_file() -> None:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from flask_eventstream import EventStreamParser, ServerSentEvent
 from flask_eventstream.errors import EventStreamError, InvalidFieldError, TooLargeError
-from flask_eventstream.event import HEARTBEAT, encode_comment, encode_data, to_json
+from flask_eventstream.event import HEARTBEAT, encode_comment, encode_data, to_json, with_id
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
 lf_text = text.map(lambda value: value.replace("\r", "\n"))
@@ -38,9 +38,9 @@ def test_an_event_reads_back_as_itself_after_an_id_was_put_in(
     event: ServerSentEvent, seq: int
 ) -> None:
     without_id = ServerSentEvent(event.data, event.type, None, event.retry)
-    before, after = without_id.encode_around_id()
-    wire = before + b"id: e-%d\n" % seq + after
+    wire = with_id(without_id.encode(), b"e-%d" % seq)
     assert EventStreamParser().feed(wire) == [event.with_id(f"e-{seq}")]
+    assert wire == event.with_id(f"e-{seq}").encode()
 
 
 @given(text)
@@ -66,14 +66,14 @@ def test_every_kind_of_line_end_arrives_as_one_lf(data: str) -> None:
         (ServerSentEvent(None), b"data: null\n\n"),
         (ServerSentEvent({"a": [1, None]}), b'data: {"a": [1, null]}\n\n'),
         (ServerSentEvent(False), b"data: false\n\n"),
-        (ServerSentEvent("x", id="0"), b"id: 0\ndata: x\n\n"),
-        (ServerSentEvent("x", id=0), b"id: 0\ndata: x\n\n"),
-        (ServerSentEvent("x", id=""), b"id: \ndata: x\n\n"),
+        (ServerSentEvent("x", id="0"), b"data: x\nid: 0\n\n"),
+        (ServerSentEvent("x", id=0), b"data: x\nid: 0\n\n"),
+        (ServerSentEvent("x", id=""), b"data: x\nid: \n\n"),
         (ServerSentEvent("x", type="message"), b"data: x\n\n"),
         (ServerSentEvent("x", type=""), b"data: x\n\n"),
         (
             ServerSentEvent("数据 🎉", "tick", "7", 0),
-            "retry: 0\nid: 7\nevent: tick\ndata: 数据 🎉\n\n".encode(),
+            "retry: 0\nevent: tick\ndata: 数据 🎉\nid: 7\n\n".encode(),
         ),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_subclass_of_str_is_sent_as_the_text_that_it_is(data: str) -> None:
     event = ServerSentEvent(data, type=data, id=data)
     assert event.data.__class__ is str
     plain = str.__str__(data)
-    assert event.encode() == f"id: {plain}\nevent: {plain}\ndata: {plain}\n\n".encode()
+    assert event.encode() == f"event: {plain}\ndata: {plain}\nid: {plain}\n\n".encode()
 
 
 class Number(int):
@@ -109,7 +109,7 @@ class Number(int):
 
 def test_a_subclass_of_int_is_written_as_the_number_that_it_is() -> None:
     event = ServerSentEvent("x", id=Number(3), retry=Number(4))
-    assert event.encode() == b"retry: 4\nid: 3\ndata: x\n\n"
+    assert event.encode() == b"retry: 4\ndata: x\nid: 3\n\n"
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -244,3 +244,16 @@ def test_a_comment_reads_back_and_dispatches_nothing(comment: str) -> None:
 def test_json_goes_through_the_encoder_that_was_given() -> None:
     assert ServerSentEvent({"a": 1}, dumps=lambda value: f"<{value}>").data == "<{'a': 1}>"
     assert to_json([1]) == "[1]"
+
+
+@pytest.mark.parametrize(
+    ("wire", "expected"),
+    [
+        (b"data: x\n\n", b"data: x\nid: a-1\n\n"),
+        (b"retry: 5\ndata: x\n\n", b"retry: 5\ndata: x\nid: a-1\n\n"),
+        (b"event: retry: \ndata: x\n\n", b"event: retry: \ndata: x\nid: a-1\n\n"),
+    ],
+)
+def test_the_id_is_the_first_line_but_for_retry(wire: bytes, expected: bytes) -> None:
+    assert with_id(wire, b"a-1") == expected
+    assert EventStreamParser().feed(expected)[0].id == "a-1"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import inspect
 import json
+import os
 import re
+import signal
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page, Route
 
     from flask_eventstream.testing import ClientStream
+
+    from .redis_server import RedisServer
 
     OpenPage = Callable[[str], Page]
     OpenStream = Callable[..., ClientStream]
@@ -484,6 +488,152 @@ def test_clock_survives_a_restart_and_counts_on(context: BrowserContext) -> None
         expect(page.locator("#id")).not_to_have_text(str(seen))
         assert int(page.locator("#id").text_content() or 0) > seen
         context.close()
+
+
+# Resume
+
+
+def text_in(page: Page) -> str:
+    return page.locator("#answer").text_content() or ""
+
+
+RUN_URL = "**/examples/resume/*"
+
+
+def ask(page: Page) -> None:
+    """Ask, and return in the middle of the answer."""
+    page.fill("#prompt", PROMPT)
+    page.click("#ask")
+    expect(page.locator("#answer")).to_contain_text("".join(ANSWER[:5]))
+
+
+def test_an_answer_survives_a_reload_a_killed_connection_and_a_lost_network(
+    server: Server, context: BrowserContext
+) -> None:
+    page = context.new_page()
+    page.goto(f"{server.url}/resume")
+    expect(page.locator("#state")).to_have_text("idle")
+    ask(page)
+    page.reload()
+    expect(page.locator("#answer")).to_contain_text("".join(ANSWER[:5]))
+    with page.expect_request(RUN_URL) as returning:
+        page.click("#kill")
+    assert returning.value.headers["last-event-id"]
+    expect(page.locator("#reconnects")).to_have_text("1")
+    # As from a proxy that has no server for a moment. The page begins anew.
+    page.route(RUN_URL, lambda route: route.fulfill(status=404), times=1)
+    page.click("#kill")
+    expect(page.locator("#reconnects")).to_have_text("0")
+    expect(page.locator("#state")).to_have_text("writing")
+    context.set_offline(True)
+    expect(page.locator("#state")).to_have_text("connecting")
+    context.set_offline(False)
+    expect(page.locator("#state")).to_have_text("complete")
+    assert text_in(page) == "".join(ANSWER)
+    # One that says that it has started, the tokens, and the end: each once.
+    events = 1 + len(ANSWER) + 1
+    expect(page.locator("#events")).to_have_text(str(events))
+    expect(page.locator("#cursor")).to_have_text(re.compile(rf"^[\w-]+\.{events}$"))
+    expect(page.locator("#prompt")).to_have_value(PROMPT)
+
+
+def test_stop_in_one_tab_stops_in_all_of_them_and_all_keep_the_same_text(
+    open_page: OpenPage, context: BrowserContext
+) -> None:
+    first = open_page("/resume")
+    ask(first)
+    with context.expect_page() as opening:
+        first.click("#here")
+    second = opening.value
+    expect(second.locator("#answer")).to_contain_text("".join(ANSWER[:5]))
+    second.click("#stop")
+    tabs = [first, second]
+    for tab in tabs:
+        expect(tab.locator("#state")).to_have_text("cancelled")
+        expect(tab.locator("#words")).to_contain_text("was stopped")
+    first.reload()
+    expect(first.locator("#state")).to_have_text("cancelled")
+    [text] = {text_in(tab) for tab in tabs}
+    assert text.startswith("".join(ANSWER[:5]))
+    assert "".join(ANSWER[:-1]).startswith(text)
+
+
+def test_the_page_says_why_nothing_was_begun(server: Server, context: BrowserContext) -> None:
+    page = context.new_page()
+    page.goto(f"{server.url}/resume")
+    page.fill("#prompt", " ")
+    page.click("#ask")
+    expect(page.locator("#problem")).to_have_text("The prompt is empty.")
+    context.set_offline(True)
+    page.fill("#prompt", PROMPT)
+    page.click("#ask")
+    expect(page.locator("#problem")).to_have_text("Failed to fetch")
+    expect(page.locator("#state")).to_have_text("failed")
+
+
+def test_an_answer_is_lost_with_its_process_and_the_page_says_so(context: BrowserContext) -> None:
+    # A log so short, and a pause so long, that a connection that is killed has missed something.
+    short = {**PACE, "EVENTSTREAM_MAX_RUN_BYTES": 1000, "EVENTSTREAM_RETRY": 300}
+    app = f"example_app:create_app({short!r})"
+    with serving(app, "gthread", "--threads", "32") as server:
+        page = context.new_page()
+        page.goto(f"{server.url}/resume")
+        ask(page)
+        kill(page.locator("#writer").text_content())
+        expect(page.locator("#state")).to_have_text("connecting")
+        text = text_in(page)
+        expect(page.locator("#state")).to_have_text("lost")
+        expect(page.locator("#words")).to_contain_text("the server that wrote this is gone")
+        assert text_in(page) == text
+        assert "".join(ANSWER).startswith(text)
+        expect(page.locator("#ask")).to_have_text("Ask again")
+        ask(page)
+        page.click("#kill")
+        expect(page.locator("#problem")).to_contain_text("The beginning of this answer")
+        text = text_in(page)
+        assert text in "".join(ANSWER)
+        assert "".join(ANSWER[:5]) not in text
+        context.close()
+
+
+def test_an_answer_is_read_to_its_end_though_the_process_that_serves_it_is_killed(
+    redis: RedisServer, context: BrowserContext
+) -> None:
+    config = {
+        "TOKEN_SECONDS": 0.015,
+        "EVENTSTREAM_KEY_PREFIX": redis.prefix(),
+        "EVENTSTREAM_RETRY": 20,
+        "EVENTSTREAM_RUN_LEASE": 1.5,
+    }
+    app = f"example_app:create_app({config!r})"
+    with serving(app, "gevent", "--workers=2", environ={"REDIS_URL": redis.url}) as server:
+        page = context.new_page()
+        page.goto(f"{server.url}/resume")
+        ask(page)
+        kill(page.evaluate(READ_THROUGH_ANOTHER_PROCESS))
+        expect(page.locator("#state")).to_have_text("complete")
+        assert text_in(page) == "".join(ANSWER)
+        # The one that writes cannot be replaced.
+        ask(page)
+        kill(page.locator("#writer").text_content())
+        expect(page.locator("#state")).to_have_text("lost")
+        assert text_in(page).startswith("".join(ANSWER[:5]))
+        assert "".join(ANSWER[:-1]).startswith(text_in(page))
+        context.close()
+
+
+READ_THROUGH_ANOTHER_PROCESS = """async () => {
+    const [kill, writer, reader] = document.querySelectorAll("#kill, #writer, #reader");
+    for (let tries = 0; tries < 100 && reader.textContent === writer.textContent; tries++) {
+        kill.click();
+        await new Promise((resolve) => setTimeout(resolve, 10));
+    }
+    return reader.textContent;
+}"""
+
+
+def kill(pid: str | None) -> None:
+    os.kill(int(pid or ""), signal.SIGKILL)
 
 
 # Numbers

@@ -30,7 +30,7 @@ def encoder(request: pytest.FixtureRequest) -> StreamFormat:
         ({"a": 1}, b'data: {"a": 1}\n\n'),
         ([], b"data: []\n\n"),
         (0, b"data: 0\n\n"),
-        (ServerSentEvent("x", "t", "1", 2), b"retry: 2\nid: 1\nevent: t\ndata: x\n\n"),
+        (ServerSentEvent("x", "t", "1", 2), b"retry: 2\nevent: t\ndata: x\nid: 1\n\n"),
     ],
 )
 def test_the_wire_of_an_item(encoder: StreamFormat, item: Any, wire: bytes) -> None:
@@ -70,3 +70,24 @@ def test_openais_end_and_error_are_openais() -> None:
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="'sse' or 'openai'"):
         stream_format("xml", dumps, 1)
+
+
+def test_an_item_gets_an_id_in_place_of_its_own(encoder: StreamFormat) -> None:
+    assert encoder.encode_with_id("a\nb", "x.1") == b"data: a\ndata: b\nid: x.1\n\n"
+    event = ServerSentEvent("a", "tick", id="own", retry=5)
+    assert encoder.encode_with_id(event, "x.2") == b"retry: 5\nevent: tick\ndata: a\nid: x.2\n\n"
+    with pytest.raises(InvalidFieldError):
+        encoder.encode_with_id(b"binary", "x.3")
+
+
+def test_what_ends_a_run_has_no_id_yet() -> None:
+    encoder = stream_format("sse", json.dumps, 100)
+    assert encoder.last("end") == ServerSentEvent({}, "end")
+    assert encoder.last("lost", "gone") == ServerSentEvent({"message": "gone"}, "lost")
+    openai = stream_format("openai", json.dumps, 100)
+    assert openai.last("end") == ServerSentEvent("[DONE]")
+    codes = [
+        json.loads(openai.last(type, "gone").data)["error"]["code"]
+        for type in ("stream-error", "cancelled", "lost")
+    ]
+    assert codes == [None, "cancelled", "lost"]

@@ -88,3 +88,12 @@ def test_channels_are_joined_in_order_and_each_event_once() -> None:
     assert seqs(entries) == [1, 2, 3]
     assert joined(entries) == b"xxx"
     assert in_order([[shared]]) == [shared]
+
+
+def test_all_is_bounded_in_bytes_but_for_the_newest() -> None:
+    kept = History(99, 99, 0, 0, max_bytes=3000)
+    filled(kept, 4, keep_tail=False, size=1000)
+    assert seqs(kept.replayable(now=4)) == [3, 4]
+    kept.append(entry(5, size=9000), keep_tail=False)
+    assert seqs(kept.replayable(now=5)) == [5]
+    assert kept.dropped == 4

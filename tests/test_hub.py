@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 import os
+import re
 import select
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flask_eventstream import EventStreamParser, MemoryBroker
+from flask_eventstream import EventStreamParser, MemoryBroker, Subscription
 from flask_eventstream.descriptors import IS_GONE
 from flask_eventstream.hub import FRAME_BYTES, SocketHub
 from flask_eventstream.subscriber import Subscriber
@@ -57,6 +58,7 @@ class Crowd:
         is_chunked: bool = False,
         lifetime: float = math.inf,
         receive_buffer: int = 0,
+        subscription: Subscription | None = None,
     ) -> socket.socket:
         client = socket.socket()
         if receive_buffer:
@@ -64,7 +66,7 @@ class Crowd:
         client.settimeout(DEADLINE)
         client.connect(self.listener.getsockname())
         server, _ = self.listener.accept()
-        subscription = self.broker.subscribe(*channels)
+        subscription = subscription or self.broker.subscribe(*channels)
         self.clients.append(client)
         self.owners.append(Owner(subscription))
         self.hub.add(
@@ -107,9 +109,13 @@ def crowd(make: Callable[..., Crowd]) -> Crowd:
 
 
 def read_until(client: socket.socket, end: bytes) -> bytes:
+    """Read up to some bytes; where they end an event, its id comes before that end."""
+    text, blank_line, behind = end.partition(b"\n\n")
+    id_line = rb"\n(id: \S+\n)?\n" if blank_line else b""
+    ends = re.compile(re.escape(text) + id_line + re.escape(behind) + rb"\Z").search
     received = b""
     deadline = time.monotonic() + DEADLINE
-    while not received.endswith(end):
+    while not ends(received):
         # Heartbeats alone would go on for ever.
         assert time.monotonic() < deadline, f"{received[-200:]!r} came, and not {end!r} at its end"
         part = client.recv(1 << 16)
@@ -129,21 +135,38 @@ def data(wire: bytes) -> list[str]:
 def test_the_head_goes_first_and_then_what_is_published(crowd: Crowd) -> None:
     client = crowd.join(head=b"head\r\n\r\n")
     id = crowd.broker.publish("x")
-    assert read_until(client, b"x\n\n") == f"head\r\n\r\nid: {id}\ndata: x\n\n".encode()
+    assert read_until(client, b"x\n\n") == f"head\r\n\r\ndata: x\nid: {id}\n\n".encode()
+
+
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_what_is_published_between_subscribing_and_joining_is_sent_at_once(
+    crowd: Crowd, is_ended: bool
+) -> None:
+    crowd.join("elsewhere")
+    subscription = crowd.broker.subscribe()
+    crowd.broker.publish("x")
+    if is_ended:
+        crowd.broker.disconnect("sse")
+    # The hub has looked at what was new once it has sent what came after that.
+    crowd.broker.publish("y", channel="elsewhere")
+    assert read_until(crowd.clients[0], b"y\n\n")
+    client = crowd.join(subscription=subscription)
+    assert read_until(client, b"x\n\n")
+    assert not is_ended or client.recv(100) == b""
 
 
 def test_chunks_are_framed_and_ended(crowd: Crowd) -> None:
     client = crowd.join(is_chunked=True)
     crowd.broker.publish("x", id="i")
     crowd.broker.disconnect("sse")
-    assert read_all(client) == b"f\r\nid: i\ndata: x\n\n\r\n0\r\n\r\n"
+    assert read_all(client) == b"f\r\ndata: x\nid: i\n\n\r\n0\r\n\r\n"
 
 
 def test_chunked_and_plain_subscribers_of_one_channel_get_the_same(crowd: Crowd) -> None:
     plain, chunked = crowd.join(), crowd.join(is_chunked=True)
     crowd.broker.publish("x", id="i")
-    assert read_until(plain, b"x\n\n") == b"id: i\ndata: x\n\n"
-    assert read_until(chunked, b"x\n\n\r\n") == b"f\r\nid: i\ndata: x\n\n\r\n"
+    assert read_until(plain, b"x\n\n") == b"data: x\nid: i\n\n"
+    assert read_until(chunked, b"x\n\n\r\n") == b"f\r\ndata: x\nid: i\n\n\r\n"
 
 
 def test_what_is_published_back_to_back_is_sent_together(crowd: Crowd) -> None:
@@ -321,10 +344,10 @@ def test_a_stream_ends_at_its_deadline(make: Callable[..., Crowd]) -> None:
     crowd = make(heartbeat=1)
     client, other = crowd.join(lifetime=0.2, is_chunked=True), crowd.join()
     crowd.broker.publish("x")
-    assert read_all(client).endswith(b"x\n\n\r\n0\r\n\r\n")
+    assert re.search(rb"data: x\nid: \S+\n\n\r\n0\r\n\r\n\Z", read_all(client))
     wait_for(lambda: crowd.owners[0].closed)
     # There may be a heartbeat behind it by now.
-    assert b"x\n\n" in other.recv(1 << 16)
+    assert b"data: x\n" in other.recv(1 << 16)
 
 
 def test_a_lagging_stream_ends_at_its_deadline_without_a_last_chunk(
@@ -467,7 +490,7 @@ def main():
     {publish}
     received = [b""] * len(pairs)
     for n, client in enumerate(pairs):
-        while b"data: 9\\n\\n" not in received[n]:
+        while b"\\n\\n" not in received[n].partition(b"data: 9\\n")[2]:
             gevent.sleep(0)
             gevent.socket.wait_read(client.fileno(), timeout=20)
             received[n] += client.recv(65536)
@@ -499,7 +522,7 @@ def test_under_gevent_it_is_a_greenlet_that_lets_others_run(patch: str, publish:
 
 
 class Script:
-    """A source that returns what it is told to, and says what it was asked for."""
+    """A source that returns what it is told to, or nothing new, and says what it was asked for."""
 
     end: int | None = None
 
@@ -511,7 +534,7 @@ class Script:
         self, after: int, until: int | None = None, max_bytes: int | None = None
     ) -> tuple[bytes, int] | None:
         self.asked.append((after, until))
-        return self.answers.pop(0)
+        return self.answers.pop(0) if self.answers else (b"", after)
 
 
 class Still:
@@ -553,7 +576,7 @@ def test_a_gap_without_events_is_no_chunk(still: Still) -> None:
     group = still.take_in(9).group
     still.source.answers = [(b"", 9)]
     late = still.take_in(7)
-    assert still.source.asked == [(7, 9)]
+    assert still.source.asked == [(9, None), (7, 9)]
     assert late.group is group
     assert set(group.live[True].values()) == set(still.hub._subscribers.values())
 
@@ -562,7 +585,7 @@ def test_a_group_that_is_behind_its_newcomer_catches_up_first(still: Still) -> N
     still.take_in(3)
     still.source.answers = [(b"x", 8)]
     assert still.take_in(8).group.position == 8
-    assert still.source.asked == [(3, None)]
+    assert still.source.asked == [(3, None), (3, None)]
     assert still.clients[0].recv(100) == b"1\r\nx\r\n"
 
 

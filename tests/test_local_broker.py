@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from flask_eventstream import MemoryBroker
+from flask_eventstream.errors import InvalidFieldError
 from flask_eventstream.history import Entry
-from flask_eventstream.local_broker import seq_of_minted
+from flask_eventstream.local_broker import LOG_PREFIX, seq_of_minted
 
 
 @pytest.mark.parametrize("id", ["ab-1", "ab-0", "ab-0042", "ab-9999999999999999999"])
@@ -31,3 +32,18 @@ def test_what_lies_ahead_of_the_books_is_not_replayed_but_comes_as_news() -> Non
     broker._channels.advance(2)
     assert [one.take(0) for one in subscriptions] == [b"data: 2\n\n"] * 2
     assert keep.take(0) == b"data: 1\n\ndata: 2\n\n"
+
+
+def test_a_log_is_kept_as_a_whole_and_has_a_name_that_nobody_can_give() -> None:
+    broker = MemoryBroker(history=1, history_seconds=1, max_run_bytes=1 << 20)
+    for n in range(1, 301):
+        broker.write_log("run", b"data: x\nid: run.%d\n\n" % n)
+        broker.publish("x", channel="news")
+    start = broker.subscribe_log("run", 300).start
+    assert start.count(b"\n\n") == 300
+    with pytest.raises(InvalidFieldError, match="control character"):
+        broker.subscribe(LOG_PREFIX + "run")
+    with pytest.raises(InvalidFieldError, match="control character"):
+        broker.publish("x", channel=LOG_PREFIX + "run")
+    broker.forget_log("run")
+    assert broker.subscribe_log("run", 0).start == b""

@@ -18,6 +18,7 @@ from flask_eventstream import EventStreamParser, ServerSentEvent, redis_reader
 from flask_eventstream.errors import BrokerUnavailableError, InvalidFieldError, TooLargeError
 from flask_eventstream.redis_broker import RedisBroker
 from flask_eventstream.redis_scripts import PUBLISH, Keys
+from flask_eventstream.run_registry import Write
 
 from .faults import Proxy, proxy
 from .redis_server import RedisServer, redis_server, valkey_program
@@ -681,12 +682,25 @@ def test_the_rights_in_the_documentation_are_enough(own_redis: RedisServer) -> N
     [rule] = [line.strip() for line in page.splitlines() if line.startswith("    ACL SETUSER")]
     command: Any = own_redis.redis.execute_command
     command(*rule.split())
-    broker = RedisBroker(own_redis.url.replace("//", "//app:secret@"))
+    broker = RedisBroker(own_redis.url.replace("//", "//app:secret@"), max_run_bytes=1000)
     subscription = broker.subscribe()
     broker.publish("x")
     assert data(subscription, 1) == ["x"]
     assert broker.subscriber_count() == 1
     assert broker.disconnect("sse") == 1
+    registry = broker.registry(600, 1, 1)
+    assert registry.begin("key", "run", print, b"")
+    reader = broker.subscribe_log("run", 0)
+    for n in (1, 2, 3):
+        wire = b"data: %b\nid: run.%d\n\n" % (b"x" * 500, n)
+        assert registry.write([Write("key", "run", n, wire)]) == [True]
+        assert reader.take(5) == wire
+    standing = registry.find("key")
+    assert standing
+    registry.watch("key", standing, b"event: lost\ndata: {}\n\n")
+    registry.close()
+    wait_for(lambda: b"event: lost" in (reader.take(5) or b""))
+    reader.close()
     broker.close()
     wait_for(lambda: not own_redis.redis.keys("*process:*"))
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
 
 KEPT = 3
 NAMES = "abc"
+
+
+def new_history(_: str, dropped: int) -> History:
+    return History(KEPT, 100, 1 << 20, 100, dropped)
 
 
 class ModelServer:
@@ -76,7 +79,6 @@ class Process:
     """What a reader does, one step at a time."""
 
     def __init__(self, server: ModelServer) -> None:
-        new_history = partial(History, KEPT, 100, 1 << 20, 100)
         self.books = Channels(new_history, 100)
         self.feeds = Feeds(self.books, lambda: 0)
         self.server = server
@@ -314,7 +316,7 @@ def test_a_cursor_tells_its_epoch_however_many_there_were(
 
 
 def test_before_the_first_word_of_redis_no_cursor_is_known() -> None:
-    feeds = Feeds(Channels(partial(History, 1, 1, 1, 1), 1), lambda: 0)
+    feeds = Feeds(Channels(new_history, 1), lambda: 0)
     assert feeds.mint(0) == "none-0"
     assert feeds.position_of("-1") is None
     assert feeds.position_of("none-0") is None
@@ -325,13 +327,13 @@ def test_an_own_id_from_before_the_epoch_is_no_cursor(
 ) -> None:
     server.publish({"a"})
     [record] = server.streams["a"]
-    server.streams["a"] = [record._replace(id="mine", wire=b"id: mine\ndata: 0\n\n")]
+    server.streams["a"] = [record._replace(id="mine", wire=b"data: 0\nid: mine\n\n")]
     server.restart(is_flushed=False)
     server.listener = None
     Reader(process, "a")
     [history] = process.books.histories(["a", "unknown"])
     [entry] = history.after(0)
-    assert (entry.id, entry.wire) == (None, b"id: mine\ndata: 0\n\n")
+    assert (entry.id, entry.wire) == (None, b"data: 0\nid: mine\n\n")
 
 
 def test_what_is_newer_than_the_number_that_was_asked_for_comes_by_messages(

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -104,3 +106,33 @@ def test_a_url_that_cannot_be_used_is_an_error_without_its_secrets(url: str) -> 
 def test_the_database_is_known_without_asking() -> None:
     urls = ["redis://x", "redis://x/3", "unix:///x?db=4", "redis://x?db=5"]
     assert [RedisLink(url, 1, 1).database for url in urls] == [0, 3, 4, 5]
+
+
+def test_a_script_is_called_many_times_at_once_also_where_it_is_new(
+    link: RedisLink, redis: RedisServer
+) -> None:
+    script = Script("return {KEYS[1], ARGV[1] + 1} -- for this test alone")
+    calls = [([b"key"], (n,)) for n in range(3)]
+    assert link.call_many(script, calls) == [[b"key", n + 1] for n in range(3)]
+    assert link.call_many(script, []) == []
+    failing = Script("return redis.call('NOTHING') -- for this test alone")
+    for _ in range(2):
+        with pytest.raises(BrokerUnavailableError, match="refused"):
+            link.call_many(failing, [([], ())])
+
+
+def test_a_connection_that_is_closed_while_it_waits_is_a_lost_one(redis: RedisServer) -> None:
+    link = RedisLink(redis.url, 2, 1)
+    link.pipeline([("PING",)])
+    waiting = threading.Timer(0.05, link.close)
+    waiting.start()
+    with suppress(BrokerUnavailableError):
+        link.pipeline([("BLPOP", "nothing", 0.2)], begin=-math.inf)
+    waiting.join()
+
+    def closed(_: bool) -> None:
+        raise ValueError("I/O operation on closed file")
+
+    with pytest.raises(BrokerUnavailableError, match="closed file"):
+        link._attempt(closed, -math.inf)
+    link.close()

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flask_eventstream import EventStreamParser
 from flask_eventstream.redis_scripts import (
     PUBLISH,
     SYNC,
@@ -13,7 +12,6 @@ from flask_eventstream.redis_scripts import (
     Record,
     Script,
     Sync,
-    with_id,
 )
 
 if TYPE_CHECKING:
@@ -44,19 +42,6 @@ def test_an_entry_of_a_stream_is_read() -> None:
     fields = {b"nonce": b"n", b"prev": b"-3", b"id": b"", b"wire": b"data: x\n\n"}
     assert Record.of((b"12-1700", fields)) == (12, 1700, -3, None, b"data: x\n\n")
     assert Record.of((b"12-1700", {**fields, b"id": b"own"})).id == "own"
-
-
-@pytest.mark.parametrize(
-    ("wire", "expected"),
-    [
-        (b"data: x\n\n", b"id: a-1\ndata: x\n\n"),
-        (b"retry: 5\ndata: x\n\n", b"retry: 5\nid: a-1\ndata: x\n\n"),
-        (b"event: retry: \ndata: x\n\n", b"id: a-1\nevent: retry: \ndata: x\n\n"),
-    ],
-)
-def test_the_id_is_the_first_line_but_for_retry(wire: bytes, expected: bytes) -> None:
-    assert with_id(wire, b"a-1") == expected
-    assert EventStreamParser().feed(expected)[0].id == "a-1"
 
 
 class Caller:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     Respond = Callable[..., FlaskClient]
 
-END = "id: end\nevent: end\ndata: {}\n\n"
+END = "event: end\ndata: {}\nid: end\n\n"
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_status_and_headers_can_be_given(serve: Respond) -> None:
 def test_items_are_sent_as_what_they_are(serve: Respond, heartbeat: float | None) -> None:
     items = ["text", None, {"a": 1}, ServerSentEvent("x", "t", "1", 2)]
     assert serve(lambda: items, heartbeat=heartbeat).get("/").text == (
-        'data: text\n\n:\ndata: {"a": 1}\n\nretry: 2\nid: 1\nevent: t\ndata: x\n\n' + END
+        'data: text\n\n:\ndata: {"a": 1}\n\nretry: 2\nevent: t\ndata: x\nid: 1\n\n' + END
     )
 
 
@@ -180,7 +180,7 @@ def test_an_item_that_cannot_be_sent_is_an_error_in_mid_stream(
     serve: Respond, heartbeat: float | None
 ) -> None:
     answer = serve(lambda: ["x", b"y", "z"], heartbeat=heartbeat).get("/").text
-    assert answer.startswith("data: x\n\nid: end\nevent: stream-error\n")
+    assert answer.startswith("data: x\n\nevent: stream-error\n")
     assert "z" not in answer
 
 
@@ -396,7 +396,7 @@ def test_events_that_are_pending_leave_together(
     chunks: Iterator[bytes] = iter(answer.response)  # type: ignore[arg-type]
     next(chunks)
     with app.app_context():
-        wire = [f"id: {eventstream.publish(str(n))}\ndata: {n}\n\n" for n in range(100)]
+        wire = [f"data: {n}\nid: {eventstream.publish(str(n))}\n\n" for n in range(100)]
     assert next(chunks).decode() == "".join(wire)
     answer.close()
 

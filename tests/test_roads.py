@@ -13,10 +13,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from flask import Flask
+from flask import Flask, request
 from werkzeug.serving import make_server
 
-from flask_eventstream import EventStream, EventStreamParser
+from flask_eventstream import EventStream, EventStreamParser, ServerSentEvent
 from flask_eventstream.signals import subscriber_connected, subscriber_disconnected
 
 from .servers import DEADLINE, wait_for
@@ -29,6 +29,18 @@ if TYPE_CHECKING:
     from .redis_server import RedisServer
 
 
+EVENT_LAST = re.compile(rb"^data: last\nid: .*\n\n\Z", re.MULTILINE)
+
+
+def count_up() -> Iterator[str]:
+    """Yield some numbers in pieces of text, at once or each after a pause (milliseconds)."""
+    items, pause = int(request.args["items"]), float(request.args.get("pause", 0))
+    for n in range(items):
+        yield f"{n} 世界\n🎉" if n else "x" * int(request.args.get("size", 1))
+        if pause:
+            time.sleep(pause / 1000)
+
+
 class Site:
     """An app, a server that serves it in this process, and its clients."""
 
@@ -36,6 +48,7 @@ class Site:
         self.app = Flask("site")
         self.app.config.update(config)
         self.eventstream = EventStream("eventstream", __name__)
+        self.eventstream.resumable("/run")(count_up)
         self.app.register_blueprint(self.eventstream)
         self.server: BaseWSGIServer = make_server("127.0.0.1", 0, self.app, threaded=True)
         # What still waits when the test is over, the test ends by itself.
@@ -48,8 +61,8 @@ class Site:
         with self.app.app_context():
             return self.eventstream.publish(data, **fields)
 
-    def connect(self, path: str = "/stream", **headers: str) -> Client:
-        self.clients.append(Client(self.server.server_port, path, headers))
+    def connect(self, path: str = "/stream", method: str = "GET", **headers: str) -> Client:
+        self.clients.append(Client(self.server.server_port, path, headers, method))
         return self.clients[-1]
 
     def count(self) -> int:
@@ -66,16 +79,24 @@ class Site:
 
 
 class Client:
-    def __init__(self, port: int, path: str, headers: dict[str, str]) -> None:
+    def __init__(self, port: int, path: str, headers: dict[str, str], method: str) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
-        self.connection.request("GET", path, headers=headers)
+        self.connection.request(method, path, headers=headers)
         self.response = self.connection.getresponse()
         self.received = b""
 
+    def read_event(self, data: bytes) -> bytes:
+        """Read up to the end of an event of one line."""
+        event = re.compile(rb"^data: %b\n(id: .*\n)?\n" % re.escape(data), re.MULTILINE)
+        return self._read_to(lambda received: event.search(received))
+
     def read_until(self, end: bytes) -> bytes:
-        while end not in self.received:
+        return self._read_to(lambda received: end in received)
+
+    def _read_to(self, is_there: Callable[[bytes], Any]) -> bytes:
+        while not is_there(self.received):
             part = self.response.read1(65536)
-            assert part, f"the stream ended with {self.received[-200:]!r} before {end!r}"
+            assert part, f"the stream ended with {self.received[-200:]!r} what was awaited"
             self.received += part
         return self.received
 
@@ -133,7 +154,7 @@ def test_events_arrive_in_order_and_as_the_same_bytes(site: Site) -> None:
     wire = b""
     for n in range(200):
         id = site.publish(f"{n} 世界 🎉\n2", type="tick")
-        wire += f"id: {id}\nevent: tick\ndata: {n} 世界 🎉\ndata: 2\n\n".encode()
+        wire += f"event: tick\ndata: {n} 世界 🎉\ndata: 2\nid: {id}\n\n".encode()
     assert client.read_until(b"data: 199 ").startswith(b":\n")
     assert client.read_until(wire[-40:]).endswith(wire)
 
@@ -143,7 +164,7 @@ def test_a_large_event_arrives_whole(site: Site) -> None:
     data = "".join(map(str, range(150_000)))
     site.publish(data)
     site.publish("after")
-    client.read_until(b"data: after\n\n")
+    client.read_event(b"after")
     assert client.data() == [data, "after"]
 
 
@@ -152,7 +173,7 @@ def test_a_client_that_returns_gets_exactly_what_it_missed(site: Site) -> None:
     site.publish("2")
     client = site.connect("/stream", **{"Last-Event-ID": cursor})
     site.publish("3")
-    client.read_until(b"data: 3\n\n")
+    client.read_event(b"3")
     assert client.data() == ["2", "3"]
 
 
@@ -163,14 +184,14 @@ def test_a_long_replay_arrives_whole_before_what_is_new(make: Callable[..., Site
         site.publish(f"{n:10000}")
     client = site.connect("/stream", **{"Last-Event-ID": cursor})
     site.publish("new")
-    client.read_until(b"data: new\n\n")
+    client.read_event(b"new")
     assert [data.strip() for data in client.data()] == [*map(str, range(300)), "new"]
 
 
 def test_an_unknown_cursor_is_a_reset(site: Site) -> None:
     site.publish("1")
     client = site.connect("/stream?lastEventId=unknown")
-    client.read_until(b"data: 1\n\n")
+    client.read_event(b"1")
     assert json.loads(client.data()[0])["requested"] == "unknown"
 
 
@@ -182,7 +203,7 @@ def test_a_snapshot_comes_between_history_and_news(site: Site) -> None:
     site.publish("old")
     client = site.connect("/mine")
     site.publish("new")
-    client.read_until(b"data: new\n\n")
+    client.read_event(b"new")
     assert client.data() == ["old", "snapshot", "new"]
 
 
@@ -198,7 +219,7 @@ def test_a_busy_stream_gets_no_heartbeat(make: Callable[..., Site]) -> None:
     end = time.monotonic() + 1.5
     while time.monotonic() < end:
         id = site.publish("x")
-        client.read_until(f"id: {id}\ndata: x\n\n".encode())
+        client.read_until(f"data: x\nid: {id}\n\n".encode())
     assert re.findall(rb"(?m)^:.*\n", client.received) == [b":\n"]
 
 
@@ -209,7 +230,7 @@ def test_disconnecting_ends_the_stream_cleanly_after_what_was_published(site: Si
         assert site.eventstream.disconnect("sse") == 2
     site.publish("secret")
     for one in (client, other):
-        assert one.read_all().endswith(b"data: last\n\n")
+        assert EVENT_LAST.search(one.read_all())
     wait_for(lambda: site.count() == 0)
 
 
@@ -219,14 +240,14 @@ def test_who_comes_after_a_disconnect_reads_on(site: Site) -> None:
         site.eventstream.disconnect("sse")
     client = site.connect()
     site.publish("new")
-    assert client.read_until(b"data: new\n\n")
+    assert client.read_event(b"new")
 
 
 def test_closing_the_broker_ends_all_streams(site: Site) -> None:
     client = site.connect()
     site.publish("last")
     site.app.extensions["eventstream"].broker.close()
-    assert client.read_all().endswith(b"data: last\n\n")
+    assert EVENT_LAST.search(client.read_all())
 
 
 def test_a_stream_ends_after_its_lifetime(make: Callable[..., Site]) -> None:
@@ -244,7 +265,7 @@ def test_a_subscriber_of_many_channels_gets_each_event_once(site: Site) -> None:
     for n in range(6):
         site.publish(n, channel=["ab"[n % 2], "b"])
     for one in (client, same):
-        one.read_until(b"data: 5\n\n")
+        one.read_event(b"5")
         assert one.data() == list("012345")
 
 
@@ -280,7 +301,7 @@ def test_who_wants_to_know_when_the_response_ends_is_told_at_the_streams_end(sit
 
     client = site.connect()
     site.publish("x")
-    client.read_until(b"data: x\n\n")
+    client.read_event(b"x")
     assert not ended.is_set()
     with site.app.app_context():
         site.eventstream.disconnect("sse")
@@ -302,5 +323,61 @@ def test_a_thousand_events_in_a_burst_arrive_whole(site: Site) -> None:
     for n in range(1000):
         site.publish(f"{n}:" + "x" * 200)
     for client in clients:
-        client.read_until(b"data: 999:%b\n\n" % (b"x" * 200))
+        client.read_event(b"999:%b" % (b"x" * 200))
         assert [int(data.partition(":")[0]) for data in client.data()] == list(range(1000))
+
+
+# --- Runs
+
+
+def run_events(client: Client) -> list[ServerSentEvent]:
+    events = EventStreamParser().feed(client.read_all())
+    # The first has the reconnection time, which is not the same for all.
+    return [ServerSentEvent(one.data, one.type, one.id) for one in events]
+
+
+def test_a_run_of_many_items_reaches_all_its_clients_whole(site: Site) -> None:
+    size = 1_000_000
+    first = site.connect(f"/stream/run?items=20000&size={size}", "POST")
+    others = [site.connect("/stream/run") for _ in range(3)]
+    run = first.response.headers["X-Run-Id"]
+    events = run_events(first)
+    assert [event.id for event in events] == [f"{run}.{n}" for n in range(1, 20_002)]
+    assert len(events[0].data) == size
+    assert events[1].data == "1 世界\n🎉"
+    assert events[-1].type == "end"
+    late = site.connect("/stream/run")
+    for client in (*others, late):
+        assert run_events(client) == events
+
+
+def test_a_client_of_a_run_that_is_cut_again_and_again_gets_every_item_once(site: Site) -> None:
+    client = site.connect("/stream/run?items=1500&pause=0.2", "POST")
+    run = client.response.headers["X-Run-Id"]
+    got: list[ServerSentEvent] = []
+    returns = 0
+    while not got or got[-1].type != "end":
+        parser = EventStreamParser()
+        while part := client.response.read1(100 + 37 * returns):
+            got += parser.feed(part)
+            if got and len(got) % 7 == 0:
+                break
+        client.close()
+        cursor = {"Last-Event-ID": got[-1].id or ""} if got else {}
+        client = site.connect("/stream/run", **cursor)
+        returns += 1
+    assert [event.id for event in got] == [f"{run}.{n}" for n in range(1, 1502)]
+    assert returns > 10
+    # Its last connection came with the id of the end.
+    assert client.response.status == 204
+
+
+def test_a_run_that_is_cancelled_ends_for_all_its_clients(site: Site) -> None:
+    clients = [site.connect("/stream/run?items=100000&pause=5", "POST")]
+    clients += [site.connect("/stream/run") for _ in range(3)]
+    clients[-1].read_until(b"data: 3 ")
+    assert site.connect("/stream/run", "DELETE").response.status == 204
+    ends = [run_events(client)[-1] for client in clients]
+    assert {(end.type, end.id) for end in ends} == {("cancelled", ends[0].id)}
+    wait_for(lambda: not site.app.extensions["eventstream"].runs._active)
+    wait_for(lambda: site.count() == 0)

@@ -4,8 +4,9 @@ import pytest
 from flask import Flask
 
 from flask_eventstream import MemoryBroker
-from flask_eventstream.errors import ConfigurationError
-from flask_eventstream.state import new_state
+from flask_eventstream.errors import ConfigurationError, NotRegisteredError
+from flask_eventstream.run_registry import MemoryRegistry
+from flask_eventstream.state import app_in_use, current_state, new_state
 
 
 def test_an_app_has_what_its_configuration_says() -> None:
@@ -28,3 +29,19 @@ def test_a_bad_value_is_an_error_that_names_its_key() -> None:
     app.config["EVENTSTREAM_RETRY"] = "soon"
     with pytest.raises(ConfigurationError, match="EVENTSTREAM_RETRY='soon'"):
         new_state(app)
+
+
+def test_the_runs_of_an_app_have_the_limits_of_its_configuration() -> None:
+    app = Flask(__name__)
+    app.config.update(EVENTSTREAM_MAX_RUNS=1)
+    runs = new_state(app).runs
+    assert runs.has_room("")
+    assert isinstance(runs.registry, MemoryRegistry)
+
+
+def test_without_a_blueprint_an_app_has_no_state(app: Flask) -> None:
+    with app.app_context():
+        assert app_in_use() is app
+        assert current_state() is app.extensions["eventstream"]
+    with Flask("other").app_context(), pytest.raises(NotRegisteredError, match="'other'"):
+        current_state()

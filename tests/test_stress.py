@@ -343,7 +343,7 @@ def test_nothing_is_lost_or_left_when_clients_come_and_go(connect: Connect, work
         # The first ones start what stays: the hub's descriptors, caches, a full history.
         come_and_go(server, 300)
         wait_for_subscribers(server, 0)
-        before, process = state(server), workers(server)[0]
+        before, process = settled_state(server), workers(server)[0]
         objects, memory, start = blocks(server), memory_mib(process), time.monotonic()
         figures = come_and_go(server, clients)
         seconds = time.monotonic() - start
@@ -377,7 +377,16 @@ def blocks(server: Server) -> int:
 def is_as_before(server: Server, before: dict[str, Any]) -> bool:
     now = state(server)
     now.pop("channels")
-    return now == {key: before[key] for key in now}
+    changed = {key: value for key, value in now.items() if value != before[key]}
+    if changed:
+        print(f"{changed} are not as in {before}")
+    return not changed
+
+
+def settled_state(server: Server) -> dict[str, Any]:
+    """Return the least of each figure, since some connection may still be about to be closed."""
+    states = [state(server) for _ in range(10)]
+    return {key: min(one[key] for one in states) for key in states[0]}
 
 
 # --- The life of a process
@@ -590,7 +599,8 @@ class Passage:
     def read(
         self, after: int, until: int | None = None, max_bytes: int | None = None
     ) -> tuple[bytes, int]:
-        return b"x", 1
+        # There is no news before the second one comes, who knows it already.
+        return (b"x", 1) if self._may_pass.is_set() else (b"", after)
 
     @property
     def end(self) -> int | None:

@@ -1,0 +1,211 @@
+"""The requests for the runs of a view: POST starts one, GET resumes it, DELETE cancels it.
+
+Who may do what is decided anew in each request, before anything is told of a run: by what guards
+the view, and by the owner, who is a part of the key that runs are found by. A run of somebody else
+is not found, like one that there never was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import update_wrapper
+from typing import TYPE_CHECKING, Any
+
+from flask import abort, current_app, request, url_for
+from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
+
+from . import access
+from .body import ShortBody
+from .config import check_seconds
+from .errors import BrokerUnavailableError, ConfigurationError
+from .format import stream_format
+from .opening import check_room, come_again, open_stream, opening
+from .response import (
+    HEADERS,
+    EventStreamResponse,
+    carry_context,
+    cursor,
+    json_dumps,
+    report_failure,
+)
+from .run import Run, last_words
+from .run_log import has_end_of, new_key, number_in, rest_of
+from .run_registry import CANCELLED, LOST, Standing
+from .state import current_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from flask import Response
+
+    from .format import StreamFormat
+    from .state import State
+
+METHODS = ("GET", "POST", "DELETE")
+"""The methods of a resumable view."""
+
+_ON_BUSY = ("attach", "reject", "replace")
+
+
+class Resumable:
+    """Answers the requests for the runs of one view.
+
+    :param view: a generator function, maybe behind decorators.
+    :param owner: returns whose a run is; see :meth:`EventStream.resumable`, as for the others.
+    :param on_busy: ``"attach"``, ``"reject"`` or ``"replace"``.
+    :param heartbeat: how long to wait for the first item, in seconds.
+    :param format: the name of the format.
+    :raises ConfigurationError: if one of them cannot be used.
+    :raises TypeError: if the view is no generator function.
+    """
+
+    def __init__(
+        self,
+        view: Callable[..., Any],
+        owner: Callable[[], Any] | None,
+        on_busy: str,
+        heartbeat: float | None,
+        format: str,
+    ) -> None:
+        if not inspect.isgeneratorfunction(inspect.unwrap(view)):
+            raise TypeError(
+                f"{view!r} is no generator function. Write 'yield from' instead of 'return', and "
+                "have its decorators use functools.wraps()"
+            )
+        if on_busy not in _ON_BUSY:
+            raise ConfigurationError("on_busy", on_busy, f"is unknown; use one of {_ON_BUSY}")
+        if heartbeat is not None:
+            check_seconds("heartbeat", heartbeat)
+        stream_format(format, str, 0)
+        self._view = view
+        self._owner = owner
+        self._on_busy = on_busy
+        self._heartbeat = heartbeat
+        self._format = format
+        update_wrapper(self, view)
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Answer the current request."""
+        # Whatever guards the view answers here. The generator itself has not begun.
+        source = current_app.ensure_sync(self._view)(**arguments)
+        if not inspect.isgenerator(source):
+            return source
+        key, owner = self._key()
+        if request.method == "HEAD":
+            return EventStreamResponse(())
+        try:
+            return self._answer(key, owner, source)
+        except BrokerUnavailableError as error:
+            if request.method == "GET":
+                return come_again(current_state().config, error)
+            current_app.logger.warning("A run could not be reached: %s", error)
+            advice = "Runs cannot be reached at the moment."
+            raise ServiceUnavailable(advice, retry_after=access.RETRY_AFTER) from error
+
+    def _answer(self, key: str, owner: str, source: Generator[Any, Any, Any]) -> Response:
+        state = current_state()
+        if request.method == "DELETE":
+            return self._cancel(state, key)
+        # The view may want it when the request has ended, and the hub takes no socket that has a
+        # body left to read.
+        request.get_data(parse_form_data=True)
+        is_return = cursor() is not None or "run" in request.args
+        if request.method == "POST" and not is_return:
+            check_room(state)
+            self._start(state, Run(key, owner, self._encoder(), report_failure), source)
+        while True:
+            response = self._attach(state, key)
+            if response is not None:
+                return response
+
+    def _key(self) -> tuple[str, str]:
+        owner = "" if self._owner is None else current_app.ensure_sync(self._owner)()
+        if owner is None:
+            abort(404)
+        # Where an app serves several hosts, each has its own users.
+        return new_key(f"{request.host}{request.root_path}{request.path}", str(owner)), str(owner)
+
+    def _start(self, state: State, run: Run, source: Generator[Any, Any, Any]) -> None:
+        while True:
+            busy = self._find(state, run.key)
+            if busy is None or not busy.is_active:
+                self._check_limits(state, run)
+                if state.runs.begin(run, source, carry_context):
+                    run.wait(self._heartbeat or state.config.heartbeat)
+                    return
+            elif self._on_busy == "attach":
+                return
+            elif self._on_busy == "reject":
+                abort(409, "A run is active here already. Cancel it, or wait for its end.")
+            else:
+                self._end(state, run.key, busy)
+
+    def _check_limits(self, state: State, run: Run) -> None:
+        if not state.runs.has_room(run.owner):
+            advice = "There are too many runs. Wait for the end of one, or cancel it."
+            raise TooManyRequests(advice, retry_after=access.RETRY_AFTER)
+
+    def _attach(self, state: State, key: str) -> Response | None:
+        standing = self._find(state, key)
+        number = _number_of_last(standing)
+        if standing is None or (number == standing.last and not standing.is_active):
+            return current_app.response_class(status=204, headers=HEADERS)
+        check_room(state)
+        subscription = state.broker.subscribe_log(standing.run, standing.last)
+        after = state.runs.registry.find(key)
+        if after is None or after.run != standing.run:
+            # Another one has taken its place meanwhile, and its log may be gone.
+            subscription.close()
+            return None
+        log = subscription.start
+        start = rest_of(log, standing, number, cursor() or "")
+        if not standing.is_active or (not after.is_active and has_end_of(log, after)):
+            subscription.close()
+            response = EventStreamResponse(ShortBody(opening(state.config) + start))
+        else:
+            state.runs.registry.watch(key, after, last_words(self._encoder(), LOST))
+            response = open_stream(state, subscription, start)
+        response.headers["X-Run-Id"] = after.run
+        response.headers["Location"] = _url_of(after)
+        return response
+
+    def _cancel(self, state: State, key: str) -> Response:
+        standing = self._find(state, key)
+        if standing is None or request.args.get("run", standing.run) != standing.run:
+            abort(404)
+        self._end(state, key, standing)
+        return current_app.response_class(status=204, headers=HEADERS)
+
+    def _end(self, state: State, key: str, standing: Standing) -> None:
+        wire = last_words(self._encoder(), CANCELLED)
+        state.runs.registry.end(key, standing.run, CANCELLED, wire)
+
+    def _find(self, state: State, key: str) -> Standing | None:
+        return state.runs.find(key, last_words(self._encoder(), LOST))
+
+    def _encoder(self) -> StreamFormat:
+        limit = current_state().config.max_event_bytes
+        return stream_format(self._format, json_dumps(), limit)
+
+
+def _number_of_last(standing: Standing | None) -> int:
+    """Return the number of the last event that the client has, 0 for none.
+
+    :param standing: how the run stands that it may read.
+    :raises NotFound: 404, if it asks for another one.
+    """
+    last, run = cursor(), request.args.get("run")
+    if last is None and run is None:
+        return 0
+    if standing is None or (run is not None and run != standing.run):
+        abort(404)
+    # What has no dot is the id of a broker's reset, after which everything is to come again.
+    number = number_in(last, standing.run) if last is not None and "." in last else 0
+    if number is None or number > standing.last:
+        abort(404)
+    return number
+
+
+def _url_of(standing: Standing) -> str:
+    assert request.endpoint is not None
+    return url_for(request.endpoint, **(request.view_args or {}), run=standing.run)

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flask_eventstream.errors import BrokerUnavailableError
+from flask_eventstream.event import with_id
+from flask_eventstream.local_broker import LOG_PREFIX
+from flask_eventstream.redis_broker import RedisBroker
+from flask_eventstream.redis_runs import RedisRegistry
+from flask_eventstream.run import Runs
+from flask_eventstream.run_registry import CANCELLED, LOST, Standing, Write
+
+from .servers import wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from .redis_server import RedisServer
+
+LOST_EVENT = b"event: lost\ndata: {}\n\n"
+
+
+class Process:
+    """What a process has: a broker, a registry, and a run."""
+
+    def __init__(self, url: str, prefix: str, lease: float, **options: Any) -> None:
+        self.broker = RedisBroker(url, key_prefix=prefix, **options)
+        self.registry = self.broker.registry(600, lease, 100)
+        self.stopped: list[str] = []
+
+    def begin(self, run: str, key: str = "key") -> bool:
+        return self.registry.begin(key, run, lambda: self.stopped.append(run), LOST_EVENT)
+
+    def write(self, run: str, n: int, state: str = "active") -> bool:
+        wire = f"data: {n}\nid: {run}.{n}\n\n".encode()
+        [goes_on] = self.registry.write([Write("key", run, n, wire, state)])
+        return goes_on
+
+    def find(self) -> Standing:
+        found = self.registry.find("key")
+        assert found
+        return found
+
+    def log(self, run: str) -> bytes:
+        subscription = self.broker.subscribe_log(run, 0)
+        subscription.close()
+        return subscription.start
+
+    def lose_lease(self, redis: RedisServer) -> None:
+        """Have Redis forget the lease, as if the process had stood still for too long."""
+        redis.redis.delete(self.broker._keys.producer(self.registry._token))
+
+    def die(self) -> None:
+        """Renew nothing any more."""
+        self.registry._own.clear()
+
+
+@pytest.fixture
+def start(redis: RedisServer) -> Iterator[Callable[..., Process]]:
+    made: list[Process] = []
+    prefix = redis.prefix()
+
+    def start_process(lease: float = 15, **options: Any) -> Process:
+        made.append(Process(redis.url, prefix, lease, **options))
+        return made[-1]
+
+    yield start_process
+    for process in made:
+        process.die()
+        process.broker.close()
+
+
+def test_every_process_sees_the_same_run(start: Callable[..., Process]) -> None:
+    one, two = start(), start()
+    assert one.begin("run")
+    assert not two.begin("other")
+    assert one.write("run", 1)
+    assert two.find() == one.find() == Standing("run", "active", 1, one.registry._token)
+    assert two.log("run") == b"data: 1\nid: run.1\n\n"
+    assert not one.write("run", 2, "end")
+    assert two.begin("other")
+
+
+def test_only_the_process_that_began_a_run_can_write_to_it(start: Callable[..., Process]) -> None:
+    one, two = start(), start()
+    one.begin("run")
+    assert not two.write("run", 1)
+    assert one.write("run", 1)
+
+
+def test_any_process_can_cancel_and_the_producer_hears_of_it(
+    start: Callable[..., Process],
+) -> None:
+    one, two = start(lease=1), start()
+    one.begin("run")
+    one.write("run", 1)
+    assert two.registry.end("key", "run", CANCELLED, b"event: cancelled\ndata: {}\n\n")
+    # Within a fifth of the lease, without that it has written anything.
+    wait_for(lambda: one.stopped == ["run"])
+    assert not one.write("run", 2)
+    assert one.log("run").endswith(b"event: cancelled\ndata: {}\nid: run.2\n\n")
+
+
+def test_a_process_without_its_lease_writes_nothing_more(
+    start: Callable[..., Process], redis: RedisServer
+) -> None:
+    one, two = start(), start()
+    one.begin("run")
+    one.write("run", 1)
+    one.lose_lease(redis)
+    assert two.find().is_lost
+    # Nobody has ended it yet, and all the same:
+    assert not one.write("run", 2)
+    assert two.registry.end("key", "run", LOST, LOST_EVENT)
+    assert not two.registry.end("key", "run", LOST, LOST_EVENT)
+    assert two.log("run") == b"data: 1\nid: run.1\n\n" + with_id(LOST_EVENT, b"run.2")
+    assert two.find() == Standing("run", "lost", 2, two.find().producer)
+
+
+def test_a_new_lease_is_not_one_for_the_old_runs(
+    start: Callable[..., Process], redis: RedisServer
+) -> None:
+    one = start()
+    one.begin("old")
+    one.lose_lease(redis)
+    assert one.begin("new", "another key")
+    [goes_on] = one.registry.write([Write("another key", "new", 1, b"data: 1\nid: new.1\n\n")])
+    assert goes_on
+    assert not one.write("old", 1)
+    assert one.find().is_lost
+
+
+def test_who_finds_its_lease_gone_stops_its_runs(
+    start: Callable[..., Process], redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = start(lease=1)
+    one.begin("run")
+    one.lose_lease(redis)
+    wait_for(lambda: one.stopped == ["run"])
+    assert "its 1 runs are lost" in caplog.text
+
+
+def test_a_lease_is_renewed_as_long_as_there_are_runs(
+    start: Callable[..., Process], redis: RedisServer
+) -> None:
+    one = start(lease=1)
+    one.begin("run")
+    lease = one.broker._keys.producer(one.registry._token)
+    until = time.monotonic() + 1.5
+    wait_for(lambda: time.monotonic() > until or not redis.redis.exists(lease))
+    assert time.monotonic() > until, "the lease has ended"
+    assert one.write("run", 1, "end") is False
+    wait_for(lambda: not redis.redis.exists(lease))
+    assert one.stopped == []
+
+
+def test_readers_of_a_run_whose_producer_dies_get_lost_within_the_lease(
+    start: Callable[..., Process],
+) -> None:
+    one, two = start(lease=1), start(lease=1)
+    one.begin("run")
+    one.write("run", 1)
+    reader = two.broker.subscribe_log("run", 0)
+    two.registry.watch("key", two.find(), LOST_EVENT)
+    one.die()
+    begin = time.monotonic()
+    assert reader.take(5) == with_id(LOST_EVENT, b"run.2")
+    assert 0.3 < time.monotonic() - begin < 1
+    assert reader.take(5) is None
+    assert two.registry._watched == {}
+
+
+def test_a_run_without_readers_is_not_watched(start: Callable[..., Process]) -> None:
+    one, two = start(lease=1), start(lease=1)
+    one.begin("run")
+    reader = two.broker.subscribe_log("run", 0)
+    two.registry.watch("key", two.find(), LOST_EVENT)
+    reader.close()
+    wait_for(lambda: not two.registry._watched)
+    one.die()
+    wait_for(lambda: two.find().is_lost)
+
+
+def test_a_process_that_ends_gives_its_runs_up(start: Callable[..., Process]) -> None:
+    one, two = start(), start()
+    one.registry.close()
+    one.begin("run")
+    one.registry.close()
+    assert two.find().is_lost
+
+
+def test_a_run_that_nobody_heard_of_again_does_not_stay(
+    start: Callable[..., Process], redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = start()
+    # As if the answer had been lost.
+    monkeypatch.setattr(one.registry, "_start_keeper", lambda: None)
+    one.begin("run")
+    hash_of_it = one.broker._keys.run("key")
+    assert 0 < redis.redis.pttl(hash_of_it) <= 15_000
+    # The same call again is the same run.
+    assert one.begin("run")
+    one.write("run", 1)
+    assert redis.redis.ttl(hash_of_it) > 500
+
+
+def test_a_run_lives_as_long_as_its_process_renews_it(
+    start: Callable[..., Process], redis: RedisServer
+) -> None:
+    one = start(lease=1)
+    one.begin("run")
+    hash_of_it = one.broker._keys.run("key")
+    wait_for(lambda: redis.redis.ttl(hash_of_it) > 500)
+
+
+def test_a_server_that_was_flushed_knows_no_run(
+    own_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = Process(own_redis.url, "x:", 1)
+    one.begin("run")
+    one.write("run", 1)
+    # Scripts too, as a server that was restarted.
+    own_redis.redis.flushall()
+    own_redis.redis.script_flush()
+    assert not one.write("run", 2)
+    assert one.registry.find("key") is None
+    assert one.begin("new")
+    own_redis.redis.flushall()
+    wait_for(lambda: one.stopped == ["new"])
+    one.broker.close()
+
+
+def test_while_redis_is_away_everything_says_so(own_redis: RedisServer) -> None:
+    one = Process(own_redis.url, "x:", 1, timeout=0.2)
+    one.begin("run")
+    reader = one.broker.subscribe_log("run", 0)
+    one.registry.watch("key", one.find(), LOST_EVENT)
+    own_redis.kill()
+    for act in (lambda: one.write("run", 1), lambda: one.begin("run"), one.find):
+        with pytest.raises(BrokerUnavailableError):
+            act()
+    # The one that looks after leases goes on all the same.
+    rounds = one.registry._rounds
+    wait_for(lambda: one.registry._rounds > rounds + 2)
+    one.registry.close()
+    own_redis.start()
+    wait_for(lambda: one.stopped == ["run"])
+    reader.close()
+    one.broker.close()
+
+
+def test_a_forked_child_has_a_lease_of_its_own(start: Callable[..., Process]) -> None:
+    one = start()
+    assert isinstance(one.registry, RedisRegistry)
+    one.begin("run")
+    token = one.registry._token
+    one.registry._start()  # what os.register_at_fork() calls
+    assert one.registry._token != token
+    assert not one.write("run", 1)
+
+
+def test_a_log_that_a_crash_has_torn_ends_its_run(
+    start: Callable[..., Process], redis: RedisServer
+) -> None:
+    one, two = start(), start()
+    one.begin("run")
+    one.write("run", 1)
+    one.write("run", 2)
+    # As a server that has come back without the newest event.
+    keys = one.broker._keys
+    log = keys.channel(LOG_PREFIX + "run")
+    entries: Any = redis.redis.xrevrange(log, count=1)
+    redis.redis.xdel(log, entries[0][0])
+    redis.redis.hset(keys.run("key"), "last", 1)
+    assert not one.write("run", 3)
+    assert one.stopped == ["run"]
+    assert two.log("run") == b"data: 1\nid: run.1\n\n" + with_id(LOST_EVENT, b"run.2")
+
+
+def test_who_looks_for_a_lost_run_ends_it(
+    start: Callable[..., Process], redis: RedisServer
+) -> None:
+    one, two = start(), start()
+    one.begin("run")
+    runs = Runs(two.registry, 1, 1)
+    found = runs.find("key", LOST_EVENT)
+    assert found
+    assert found.is_active
+    one.lose_lease(redis)
+    found = runs.find("key", LOST_EVENT)
+    assert found
+    assert (found.state, found.last) == (LOST, 1)
+    assert two.log("run") == with_id(LOST_EVENT, b"run.1")
+
+
+def test_of_two_that_find_no_lease_one_takes_a_new_one(start: Callable[..., Process]) -> None:
+    one = start()
+    before = one.registry._token
+    one.registry._take_lease(before)
+    after = one.registry._token
+    assert after != before
+    one.registry._take_lease(before)
+    assert one.registry._token == after
+    assert one.begin("run")
+    assert one.write("run", 1)
+
+
+def test_whatever_happens_leases_are_looked_after(
+    start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = start(lease=1)
+
+    def fail() -> None:
+        raise LookupError("a fault")
+
+    monkeypatch.setattr(one.registry, "_end_lost", fail)
+    one.begin("run")
+    rounds = one.registry._rounds
+    wait_for(lambda: one.registry._rounds > rounds + 2)
+    assert "a fault" in caplog.text
+    assert one.write("run", 1)

@@ -1,0 +1,294 @@
+"""The contract of every registry of runs: each test here runs against each of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flask_eventstream import EventStreamParser, MemoryBroker
+from flask_eventstream.event import with_id
+from flask_eventstream.redis_broker import RedisBroker
+from flask_eventstream.run_registry import ACTIVE, CANCELLED, LOST, MemoryRegistry, Write
+
+from .servers import wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from flask_eventstream import Subscription
+    from flask_eventstream.local_broker import LocalBroker
+    from flask_eventstream.run_registry import RunRegistry
+
+    from .redis_server import RedisServer
+
+END = b"event: cancelled\ndata: {}\n\n"
+
+
+@pytest.fixture(params=["memory", "redis", "valkey"])
+def broker(request: pytest.FixtureRequest) -> Iterator[LocalBroker]:
+    made: LocalBroker = MemoryBroker()
+    if request.param != "memory":
+        server: RedisServer = request.getfixturevalue(request.param)
+        made = RedisBroker(server.url, key_prefix=server.prefix())
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def registry(broker: LocalBroker) -> RunRegistry:
+    return broker.registry(600, 15, 100)
+
+
+def begin(registry: RunRegistry, run: str, key: str = "key") -> list[str]:
+    """Begin a run, and return what gets its id when it has to stop."""
+    stopped: list[str] = []
+    assert registry.begin(key, run, lambda: stopped.append(run), END)
+    return stopped
+
+
+def event(run: str, n: int, type: str = "") -> bytes:
+    wire = f"event: {type}\n" if type else ""
+    return f"{wire}data: {n}\nid: {run}.{n}\n\n".encode()
+
+
+def read(broker: LocalBroker, run: str) -> Subscription:
+    return broker.subscribe_log(run, 0)
+
+
+def rest(subscription: Subscription) -> bytes:
+    wire = b""
+    while (part := subscription.take(5)) is not None:
+        assert part, "nothing came, and no end"
+        wire += part
+    return wire
+
+
+def test_a_run_is_found_as_it_stands(registry: RunRegistry) -> None:
+    assert registry.find("key") is None
+    begin(registry, "one")
+    found = registry.find("key")
+    assert found
+    assert found.is_active
+    assert not found.is_lost
+    assert (found.run, found.state, found.last) == ("one", ACTIVE, 0)
+    assert registry.find("other") is None
+
+
+def test_a_key_has_one_active_run(registry: RunRegistry) -> None:
+    begin(registry, "one")
+    assert not registry.begin("key", "two", pytest.fail, END)
+    begin(registry, "two", "other")
+    assert registry.write([Write("key", "one", 1, event("one", 1), "end")]) == [False]
+    begin(registry, "three")
+    found = registry.find("key")
+    assert found
+    assert (found.run, found.last) == ("three", 0)
+
+
+def test_what_is_written_is_read_live_and_from_the_start(
+    broker: LocalBroker, registry: RunRegistry
+) -> None:
+    begin(registry, "one")
+    early = read(broker, "one")
+    both = event("one", 1) + event("one", 2)
+    assert registry.write([Write("key", "one", 2, both)]) == [True]
+    assert early.take(5) == both
+    late = read(broker, "one")
+    assert late.start == both
+    last = event("one", 3, "end")
+    assert registry.write([Write("key", "one", 3, last, "end")]) == [False]
+    assert rest(early) == rest(late) == last
+    found = registry.find("key")
+    assert found
+    assert (found.state, found.last) == ("end", 3)
+    # Nothing tells who comes now that it has ended but the log itself.
+    assert read(broker, "one").start == both + last
+
+
+def test_many_runs_are_written_at_once(broker: LocalBroker, registry: RunRegistry) -> None:
+    for n in range(50):
+        begin(registry, f"run{n}", f"key{n}")
+    writes = [Write(f"key{n}", f"run{n}", 1, event(f"run{n}", 1)) for n in range(50)]
+    writes[7] = writes[7]._replace(state="end")
+    writes[9] = writes[9]._replace(run="unknown")
+    assert registry.write(writes) == [n not in {7, 9} for n in range(50)]
+    assert read(broker, "run8").start == event("run8", 1)
+    assert read(broker, "run9").start == b""
+
+
+def test_a_write_that_was_done_is_not_done_again(
+    broker: LocalBroker, registry: RunRegistry
+) -> None:
+    begin(registry, "one")
+    write = Write("key", "one", 2, event("one", 1) + event("one", 2))
+    assert registry.write([write, write]) == [True, True]
+    assert read(broker, "one").start == write.wire
+
+
+def test_a_run_that_was_cancelled_takes_nothing_more(
+    broker: LocalBroker, registry: RunRegistry
+) -> None:
+    stopped = begin(registry, "one")
+    reader = read(broker, "one")
+    registry.write([Write("key", "one", 1, event("one", 1))])
+    assert registry.end("key", "one", CANCELLED, END)
+    assert stopped == ["one"]
+    assert not registry.end("key", "one", CANCELLED, END)
+    assert registry.write([Write("key", "one", 2, event("one", 2))]) == [False]
+    assert registry.write([Write("key", "one", 3, event("one", 3), "end")]) == [False]
+    expected = event("one", 1) + with_id(END, b"one.2")
+    assert rest(reader) == expected
+    assert read(broker, "one").start == expected
+    found = registry.find("key")
+    assert found
+    assert (found.state, found.last) == (CANCELLED, 2)
+
+
+def test_only_the_run_that_is_meant_is_ended(registry: RunRegistry) -> None:
+    stopped = begin(registry, "two")
+    assert not registry.end("key", "one", CANCELLED, END)
+    assert not registry.end("other", "two", CANCELLED, END)
+    assert not stopped
+    found = registry.find("key")
+    assert found
+    assert found.is_active
+
+
+def test_a_run_whose_producer_is_alive_is_not_lost(
+    broker: LocalBroker, registry: RunRegistry
+) -> None:
+    stopped = begin(registry, "one")
+    assert not registry.end("key", "one", LOST, END)
+    found = registry.find("key")
+    assert found
+    assert found.is_active
+    reader = read(broker, "one")
+    registry.watch("key", found, END)
+    registry.write([Write("key", "one", 1, event("one", 1), "end")])
+    assert rest(reader) == event("one", 1)
+    reader.close()
+    assert not stopped
+
+
+def test_a_run_that_is_forgotten_is_not_found(broker: LocalBroker, registry: RunRegistry) -> None:
+    begin(registry, "one")
+    reader = read(broker, "one")
+    write = Write("key", "one", 1, event("one", 1, "stream-error"), "stream-error", True)
+    assert registry.write([write]) == [False]
+    assert registry.find("key") is None
+    # Who was there already is told.
+    assert rest(reader) == write.wire
+    begin(registry, "two")
+
+
+def test_the_ids_of_a_log_are_no_cursors_of_another_channel(
+    broker: LocalBroker, registry: RunRegistry
+) -> None:
+    begin(registry, "one")
+    registry.write([Write("key", "one", 1, event("one", 1))])
+    broker.publish("x", channel="news")
+    start = broker.subscribe("news", last_event_id="one.1").start
+    assert [one.type for one in EventStreamParser().feed(start)] == ["reset", "message"]
+
+
+def test_what_has_ended_is_kept_for_a_while_and_then_forgotten() -> None:
+    now = [0.0]
+    broker = MemoryBroker(clock=lambda: now[0])
+    registry = broker.registry(600, 15, 100)
+    begin(registry, "one")
+    registry.write([Write("key", "one", 1, event("one", 1), "end")])
+    now[0] = 599
+    assert registry.find("key")
+    assert read(broker, "one").start
+    now[0] = 600
+    assert registry.find("key") is None
+    assert read(broker, "one").start == b""
+
+
+def test_a_run_that_goes_on_is_kept_however_old() -> None:
+    now = [0.0]
+    broker = MemoryBroker(clock=lambda: now[0], history=1, history_seconds=1)
+    registry = broker.registry(600, 15, 100)
+    begin(registry, "one")
+    for n in range(1, 400):
+        now[0] += 10
+        registry.write([Write("key", "one", n, event("one", n))])
+        broker.publish("something else")
+    assert read(broker, "one").start == b"".join(event("one", n) for n in range(1, 400))
+
+
+def test_the_next_run_takes_the_place_of_one_that_has_ended() -> None:
+    now = [0.0]
+    broker = MemoryBroker(clock=lambda: now[0])
+    registry = broker.registry(600, 15, 100)
+    begin(registry, "one")
+    registry.write([Write("key", "one", 1, event("one", 1), "end")])
+    begin(registry, "two")
+    registry.write([Write("key", "two", 1, event("two", 1))])
+    assert read(broker, "one").start == b""
+    # The time of the first one is over, and not that of the second.
+    now[0] = 601
+    found = registry.find("key")
+    assert found
+    assert found.run == "two"
+
+
+def test_no_more_are_kept_than_there_is_room_for() -> None:
+    registry = MemoryBroker().registry(600, 15, 2)
+    for n in range(4):
+        begin(registry, f"run{n}", f"key{n}")
+        registry.write([Write(f"key{n}", f"run{n}", 1, event("run", 1), "end")])
+    assert [bool(registry.find(f"key{n}")) for n in range(4)] == [False, False, True, True]
+
+
+def test_of_a_large_log_the_newest_part_is_kept(make_large: Callable[[], LocalBroker]) -> None:
+    broker = make_large()
+    registry = broker.registry(600, 15, 100)
+    begin(registry, "one")
+    for n in range(1, 201):
+        wire = b"data: %b\nid: one.%d\n\n" % (b"x" * 1000, n)
+        assert registry.write([Write("key", "one", n, wire)]) == [True]
+    ids = [one.id for one in EventStreamParser().feed(read(broker, "one").start)]
+    assert ids[-1] == "one.200"
+    assert 50 < len(ids) < 100
+    assert ids == [f"one.{n}" for n in range(201 - len(ids), 201)]
+
+
+def test_one_event_that_is_larger_than_the_log_is_still_sent(
+    make_large: Callable[[], LocalBroker],
+) -> None:
+    broker = make_large()
+    registry = broker.registry(600, 15, 100)
+    begin(registry, "one")
+    reader = read(broker, "one")
+    for n in (1, 2, 3):
+        wire = b"data: %b\nid: one.%d\n\n" % (b"x" * 200_000, n)
+        assert registry.write([Write("key", "one", n, wire)]) == [True]
+        assert wait_for(lambda: reader.take(1)) == wire
+
+
+@pytest.fixture(params=["memory", "redis"])
+def make_large(request: pytest.FixtureRequest) -> Iterator[Callable[[], LocalBroker]]:
+    made: list[LocalBroker] = []
+
+    def make() -> LocalBroker:
+        if request.param == "memory":
+            made.append(MemoryBroker(max_run_bytes=100_000))
+        else:
+            server = request.getfixturevalue("redis")
+            prefix = server.prefix()
+            made.append(RedisBroker(server.url, key_prefix=prefix, max_run_bytes=100_000))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_a_forked_child_has_none_of_its_parents_runs() -> None:
+    registry = MemoryBroker().registry(600, 15, 100)
+    assert isinstance(registry, MemoryRegistry)
+    begin(registry, "one")
+    registry._start()  # what os.register_at_fork() calls
+    assert registry.find("key") is None
