@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask
+from flask import Flask, request
 from werkzeug.exceptions import HTTPException
 
 from flask_eventstream import eventstream
 
+from .chat_api import api, in_json
 from .pages import pages
 from .streams import examples, messages
 
@@ -45,6 +46,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.register_blueprint(eventstream, url_prefix="/stream")
     app.register_blueprint(examples)
     app.register_blueprint(messages)
+    app.register_blueprint(api)
     app.register_blueprint(pages)
     app.register_error_handler(HTTPException, _in_words)
     app.after_request(_keep_to_own_origin)
@@ -52,6 +54,8 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
 
 
 def _in_words(error: HTTPException) -> AnyResponse:
+    if request.path.startswith(f"{api.url_prefix}/"):
+        return in_json(error)
     # The pages show what the server says, and plain text needs no unwrapping.
     response = error.get_response()
     response.data = error.description or error.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 LEAST_TOKENS = 80
 """An answer ends with the first sentence that reaches this many; no sentence has over 30."""
+
+TOKENS_BEFORE_FAILURE = 20
+"""So many of them come from :func:`broken_answer`."""
 
 _OPENINGS = (
     "Good question! 🤔 Let me think about it, step by step.",
@@ -46,10 +50,17 @@ def answer(prompt: str) -> Iterator[str]:
     chance = random.Random(prompt.encode())
     sentences = chance.sample(_SENTENCES, len(_SENTENCES))
     text = chance.choice(_OPENINGS)
-    while len(_tokens(text)) < LEAST_TOKENS:
+    while len(tokens(text)) < LEAST_TOKENS:
         text += " " + sentences.pop()
-    yield from _tokens(text)
+    yield from tokens(text)
 
 
-def _tokens(text: str) -> list[str]:
+def broken_answer(prompt: str) -> Iterator[str]:
+    """Yield the first tokens of the answer to a prompt, and fail."""
+    yield from islice(answer(prompt), TOKENS_BEFORE_FAILURE)
+    raise RuntimeError("This model is broken, to show what its clients get then.")
+
+
+def tokens(text: str) -> list[str]:
+    """Return the tokens of a text, as the model sees them."""
     return _TOKEN.findall(text)

@@ -6,13 +6,13 @@ import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
-from flask import Blueprint, render_template
+from flask import Blueprint, render_template, request
 
 from flask_eventstream import eventstream
 
-from . import streams
+from . import chat_api, streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +57,18 @@ EXAMPLES = (
         "Numbers",
         "A plain generator of numbers, read with fetch while it counts.",
     ),
+    Example(
+        "resume",
+        "Resume",
+        "An answer outlives its connection. Kill it, reload, open a second tab: nothing is lost, "
+        "and nothing comes twice.",
+    ),
+    Example(
+        "chat-api",
+        "Chat API",
+        "A local model behind the wire of OpenAI. Its official clients, curl and this page read "
+        "the same stream.",
+    ),
 )
 
 
@@ -97,6 +109,26 @@ def broadcast() -> str:
 @pages.get("/numbers")
 def numbers() -> str:
     return _page("numbers", [streams.numbers])
+
+
+@pages.get("/resume")
+def resume() -> str:
+    """Find a conversation by its address, or begin one."""
+    conversation = request.args.get("conversation", type=UUID) or uuid4()
+    functions: list[Callable[..., Any]] = [streams.resume, streams.name_process]
+    return _page("resume", functions, conversation=conversation)
+
+
+@pages.get("/chat-api")
+def chat() -> str:
+    functions: list[Callable[..., Any]] = [
+        chat_api.complete,
+        chat_api.in_one_piece,
+        chat_api.chunks,
+        chat_api.produce,
+        chat_api.report,
+    ]
+    return _page("chat-api", functions, models=chat_api.MODELS)
 
 
 def _page(name: str, functions: list[Callable[..., Any]], **values: Any) -> str:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from uuid import UUID
 
+    from flask import Response
+
 MAX_CHARACTERS = 500
 MAX_NUMBERS = 10_000
 
@@ -59,6 +61,27 @@ def typewriter(conversation: UUID) -> Iterator[str]:
 def typewriter_report(conversation: UUID) -> EventStreamResponse:
     """Let who knows the random id read: the view is the authorization."""
     return eventstream.subscribe(f"typewriter:{conversation}")
+
+
+@examples.resumable("/resume/<uuid:conversation>")
+def resume(conversation: UUID) -> Iterator[str | ServerSentEvent]:
+    """Answer a prompt to its end, whoever is there to read it.
+
+    It has no owner: who knows the random id may read it, and stop it.
+    """
+    prompt = field("prompt")  # a 400 from here is a normal answer
+    about = {"prompt": prompt, "process": os.getpid()}
+    yield ServerSentEvent(about, "started")
+    for token in answer(prompt):
+        yield token
+        time.sleep(current_app.config["TOKEN_SECONDS"])
+
+
+@examples.after_request
+def name_process(response: Response) -> Response:
+    """Tell which of several processes has answered."""
+    response.headers["X-Process"] = str(os.getpid())
+    return response
 
 
 @examples.stream("/clock")
