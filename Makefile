@@ -40,6 +40,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/send.py
 	$(BIN)/python benchmarks/fanout.py
 	$(BIN)/python benchmarks/redis_broker.py
+	$(BIN)/python benchmarks/runs.py
 
 clean:
 	rm -rf $(VENV) build dist docs/_build *.egg-info
