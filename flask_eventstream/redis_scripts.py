@@ -71,8 +71,8 @@ end
 
 APPEND = """
 -- Appends events to channels, all or none. It needs: last_key, the number of the last of the keys
--- that are channels, of which the first is the third; keep, seconds and nonce; events, a list of an
--- own id or '' and a wire for each.
+-- that are channels, of which the first is the third; keep, seconds and nonce; events, a list that
+-- from first on has an own id or '' and a wire for each.
 local prev = {}
 for k = 3, last_key do
   local entry = newest(KEYS[k], '+')
@@ -90,14 +90,14 @@ if is_due then
   marked = now
 end
 -- The first command that needs memory. If it is refused, nothing has happened.
-redis.call('HSET', KEYS[1], 'seq', string.format('%.0f', seq + #events / 2),
+redis.call('HSET', KEYS[1], 'seq', string.format('%.0f', seq + (#events - first + 1) / 2),
   'marked', string.format('%.0f', marked))
 if is_due then
   redis.call('XADD', KEYS[2], 'MAXLEN', 64, string.format('%.0f-%.0f', seq + 1, now), 'mark', '')
   redis.call('EXPIRE', KEYS[2], seconds * 4)
 end
 
-for e = 1, #events, 2 do
+for e = first, #events, 2 do
   seq = seq + 1
   local id, message = string.format('%.0f-%.0f', seq, now), head(events[e])
   for k = 3, last_key do
@@ -150,7 +150,7 @@ for e = 6, #ARGV, 2 do
   end
 end
 
-local last_key, events = #KEYS, {unpack(ARGV, 6)}
+local last_key, events, first = #KEYS, ARGV, 6
 """
     + APPEND
     + """
