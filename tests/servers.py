@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 20.0
+_ports: set[int] = set()
 
 
 def wait_for(condition: Callable[[], T], timeout: float = DEADLINE, what: str = "") -> T:
@@ -38,10 +40,22 @@ def wait_for(condition: Callable[[], T], timeout: float = DEADLINE, what: str = 
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody has, and that nobody is given before the server listens.
+
+    Not one that the kernel chooses: it gives those to connections, too, and may give one twice.
+    """
+    while True:
+        port = 16_384 + secrets.randbelow(16_384)
+        if port not in _ports and _is_free(port):
+            _ports.add(port)
+            return port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe, suppress(OSError):
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 def system_part(*names: str) -> str:
@@ -68,7 +82,12 @@ class Server:
         self._command = command
         self._environ = {**os.environ, **(environ or {})}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # close() closes it
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            # Nobody has it who could. Left to the garbage collector, it would fail another test.
+            Server.close(self)
+            raise
 
     def start(self) -> None:
         self.process = subprocess.Popen(

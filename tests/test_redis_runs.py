@@ -170,7 +170,7 @@ def test_readers_of_a_run_whose_producer_dies_get_lost_within_the_lease(
     assert reader.take(5) == with_id(LOST_EVENT, b"run.2")
     assert 0.3 < time.monotonic() - begin < 1
     assert reader.take(5) is None
-    assert two.registry._watched == {}
+    wait_for(lambda: two.registry._watched == {})
 
 
 def test_a_run_without_readers_is_not_watched(start: Callable[..., Process]) -> None:
