@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import signal
 import sys
 import time
@@ -39,7 +38,7 @@ from fanout_clients import Crowd, CrowdError
 from fanout_report import Results, Run, judge, print_bars, print_tables, write_json, write_svg
 from fanout_servers import LIMIT, AbsentError, Server, program_versions, servers
 from fanout_session import WORKS, Load, WrongError, measure
-from measuring import print_machine
+from measuring import print_machine, raise_descriptor_limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +80,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated."))
     machine = print_machine(DISTRIBUTIONS)
     absent: dict[str, str] = {}
-    most = _raise_descriptor_limit() - RESERVED_DESCRIPTORS
+    most = raise_descriptor_limit() - RESERVED_DESCRIPTORS
     for size in [size for size in options.subscribers if size > most]:
         absent[f"{size:,} subscribers"] = f"the system allows {most:,} for each process"
         options.subscribers.remove(size)
@@ -147,13 +146,6 @@ def _works(text: str) -> list[str]:
 def _client_processes() -> int:
     # The server has a core for itself.
     return max(1, min(4, (os.cpu_count() or 1) - 1))
-
-
-def _raise_descriptor_limit() -> int:
-    """Let this process, and all that it starts, have as many sockets as the system allows."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
 
 def _take_rounds(

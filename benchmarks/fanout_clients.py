@@ -26,7 +26,7 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from multiprocessing.connection import Connection
 
 END = b"~"
@@ -61,6 +61,20 @@ class Report(NamedTuple):
     latencies: array[int]
     reached: dict[int, tuple[int, int]]
     ended: int
+
+
+class Mark(NamedTuple):
+    """What an event says in its data, and when it came.
+
+    :param published: when it was published, in nanoseconds of the clock.
+    :param arrival: when it was read.
+    :param is_next: whether it came after the one with the number before on its connection.
+    """
+
+    number: int
+    published: int
+    arrival: int
+    is_next: bool
 
 
 class Crowd:
@@ -296,21 +310,30 @@ def _forget(note: tuple[int, int, bytes]) -> None:
 def _read_notes(taken: list[tuple[int, int, bytes]], ended: int) -> Report:
     latencies: array[int] = array("q")
     reached: dict[int, tuple[int, int]] = {}
+    out_of_order = 0
+    for mark in marks_in(taken):
+        latencies.append(mark.arrival - mark.published)
+        latest = max(mark.arrival, reached.get(mark.number, (0, 0))[1])
+        reached[mark.number] = (mark.published, latest)
+        out_of_order += not mark.is_next
+    return Report(len(latencies), out_of_order, latencies, reached, ended)
+
+
+def marks_in(taken: Iterable[tuple[int, int, bytes]]) -> Iterator[Mark]:
+    """Yield what events say in their data, in the order in which they came.
+
+    :param taken: descriptors, when something was read from them, and what.
+    """
     expected: dict[int, int] = {}
     rests: dict[int, bytes] = {}
-    out_of_order = 0
     for fd, arrival, read in taken:
         piece = rests.pop(fd, b"") + read
         end = 0
         for mark in MARK.finditer(piece):
-            number, published = int(mark[1]), int(mark[2])
-            latencies.append(arrival - published)
-            reached[number] = (published, max(arrival, reached.get(number, (0, 0))[1]))
-            out_of_order += number != expected.get(fd, 0)
+            number, end = int(mark[1]), mark.end()
+            yield Mark(number, int(mark[2]), arrival, number == expected.get(fd, 0))
             expected[fd] = number + 1
-            end = mark.end()
         rests[fd] = piece[end:]
-    return Report(len(latencies), out_of_order, latencies, reached, ended)
 
 
 def _connected(

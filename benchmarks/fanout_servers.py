@@ -96,9 +96,9 @@ def servers() -> dict[str, Server]:
         Server("nchan", _nchan, bursts_itself=False),
         Server("Node http", partial(_node, "node_http.mjs")),
         Server("better-sse", _better_sse),
-        Server("Starlette", partial(_uvicorn, "starlette_app", ["starlette"])),
-        Server("sse-starlette", partial(_uvicorn, "sse_starlette_app", ["sse_starlette"])),
-        Server("FastAPI", partial(_uvicorn, "fastapi_app", ["fastapi"])),
+        Server("Starlette", partial(uvicorn_commands, "starlette_app", ["starlette"])),
+        Server("sse-starlette", partial(uvicorn_commands, "sse_starlette_app", ["sse_starlette"])),
+        Server("FastAPI", partial(uvicorn_commands, "fastapi_app", ["fastapi"])),
         Server("Flask with queues", _flask_with_queues),
         flask_sse(),
     ]
@@ -134,7 +134,7 @@ def gunicorn_ours(
         threads = stage.subscribers + 16 if road == "iterator" else 8
         options = ["--threads", str(threads)] if worker == "gthread" else []
         app = f"ours:create_app({road != 'iterator'}, {broker_url!r})"
-        return [_gunicorn(stage, worker, app, options)]
+        return [gunicorn_command(stage, worker, app, options)]
 
     return Server(_name(f"gunicorn-{worker}", road), commands, most, has_threads=has_threads)
 
@@ -157,7 +157,8 @@ def _name(server: str, road: str) -> str:
     return f"{server}:iterator" if road == "iterator" else server
 
 
-def _gunicorn(stage: Stage, worker: str, app: str, options: Iterable[str] = ()) -> Command:
+def gunicorn_command(stage: Stage, worker: str, app: str, options: Iterable[str] = ()) -> Command:
+    """Return the command that serves a WSGI app with one worker."""
     _need_modules(["gunicorn", *(["gevent"] if worker == "gevent" else [])])
     return [
         sys.executable, "-m", "gunicorn", "-k", worker, "-b", f"127.0.0.1:{stage.port}",
@@ -186,7 +187,8 @@ def _better_sse(stage: Stage) -> list[Command]:
     return command
 
 
-def _uvicorn(module: str, modules: Iterable[str], stage: Stage) -> list[Command]:
+def uvicorn_commands(module: str, modules: Iterable[str], stage: Stage) -> list[Command]:
+    """Return what serves an ASGI app that needs some modules."""
     _need_modules(["uvicorn", "uvloop", "httptools", *modules])
     return [[
         sys.executable, "-m", "uvicorn", f"{module}:app", "--host", "127.0.0.1",
@@ -197,7 +199,7 @@ def _uvicorn(module: str, modules: Iterable[str], stage: Stage) -> list[Command]
 
 
 def _flask_with_queues(stage: Stage) -> list[Command]:
-    return [_gunicorn(stage, "gevent", "queues_app:create_app()")]
+    return [gunicorn_command(stage, "gevent", "queues_app:create_app()")]
 
 
 def flask_sse(redis_url: str = "") -> Server:
@@ -210,7 +212,7 @@ def _flask_sse(redis_url: str, stage: Stage) -> list[Command]:
     own = stage._replace(port=free_port())
     redis = [] if redis_url else _redis(own)
     redis_url = redis_url or f"redis://127.0.0.1:{own.port}"
-    return [*redis, _gunicorn(stage, "gevent", f"flask_sse_app:create_app({redis_url!r})")]
+    return [*redis, gunicorn_command(stage, "gevent", f"flask_sse_app:create_app({redis_url!r})")]
 
 
 def redis_server() -> Server:

@@ -11,6 +11,8 @@ import gc
 import json
 import os
 import platform
+import resource
+import sys
 import time
 import timeit
 from importlib.metadata import PackageNotFoundError, version
@@ -149,6 +151,13 @@ def print_machine(distributions: Iterable[str]) -> dict[str, Any]:
         "python": python,
         "versions": versions,
     }
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process, and all that it starts, have as many sockets as the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
 
 def _cpu_model() -> str:

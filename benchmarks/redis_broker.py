@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -33,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from fanout_report import Bar, print_bars, print_columns
 from fanout_servers import program_versions, redis_server, running
 from fanout_session import Load, percentiles
-from measuring import print_machine
+from measuring import print_machine, raise_descriptor_limit
 from redis_sessions import FLASK_SSE, INSIDE, MEMORY, OUTSIDE, WORKERS, Found, Rounds, publish
 
 if TYPE_CHECKING:
@@ -73,8 +72,7 @@ def main() -> None:
     """Measure, and tell."""
     options = read_options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated."))
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_descriptor_limit()
     machine = print_machine(DISTRIBUTIONS)
     print(f"redis-server {program_versions().get('redis-server', 'not found')}")
     with running(redis_server(), options.subscribers) as redis:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import signal
 import sys
 import time
@@ -40,9 +39,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fanout_clients import CrowdError
 from fanout_report import Bar, print_bars, print_columns
-from fanout_servers import AbsentError, Server, Stage, _gunicorn, _uvicorn, running
+from fanout_servers import AbsentError, Server, Stage, gunicorn_command, running, uvicorn_commands
 from fanout_session import percentiles
-from measuring import print_machine
+from measuring import print_machine, raise_descriptor_limit
 from runs_clients import Clients
 
 if TYPE_CHECKING:
@@ -88,8 +87,7 @@ def main() -> None:
     """Measure, and tell."""
     options = read_options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated."))
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_descriptor_limit()
     machine = print_machine(DISTRIBUTIONS)
     turns: list[Turn] = []
     absent: dict[str, str] = {}
@@ -131,14 +129,14 @@ def _names(text: str) -> list[str]:
 
 
 def _ours(stage: Stage) -> list[list[str]]:
-    return [_gunicorn(stage, "gevent", "runs_ours:create_app()")]
+    return [gunicorn_command(stage, "gevent", "runs_ours:create_app()")]
 
 
 SERVERS = {
     RUNS: (Server(RUNS, _ours), "/stream/run"),
     PLAIN: (Server(PLAIN, _ours), "/stream/plain"),
     PEER: (
-        Server(PEER, partial(_uvicorn, "runs_sse_starlette", ["sse_starlette"])),
+        Server(PEER, partial(uvicorn_commands, "runs_sse_starlette", ["sse_starlette"])),
         "/stream/plain",
     ),
 }

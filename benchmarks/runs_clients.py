@@ -16,7 +16,7 @@ from array import array
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fanout_clients import END, MARK, PATIENCE, READ_BYTES, READY_AT_ONCE, CrowdError
+from fanout_clients import END, PATIENCE, READ_BYTES, READY_AT_ONCE, CrowdError, marks_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -199,17 +199,9 @@ class _Readers:
 
 def _read_notes(notes: Iterable[Note], begin: int, end: int) -> tuple[array[int], int]:
     latencies: array[int] = array("q")
-    expected: dict[int, int] = {}
-    rests: dict[int, bytes] = {}
     lost = 0
-    for fd, arrival, read in notes:
-        piece = rests.get(fd, b"") + read
-        place = 0
-        for mark in MARK.finditer(piece):
-            number, place = int(mark[1]), mark.end()
-            lost += number != expected.get(fd, 0)
-            expected[fd] = number + 1
-            if begin <= arrival < end:
-                latencies.append(arrival - int(mark[2]))
-        rests[fd] = piece[place:]
+    for mark in marks_in(notes):
+        lost += not mark.is_next
+        if begin <= mark.arrival < end:
+            latencies.append(mark.arrival - mark.published)
     return latencies, lost

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import select
 import signal
 import socket
@@ -23,7 +22,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from measuring import Table, options, print_machine, write_json
+from measuring import Table, options, print_machine, raise_descriptor_limit, write_json
 
 from flask_eventstream import descriptors
 
@@ -33,14 +32,13 @@ if TYPE_CHECKING:
     Way = Callable[[], None]
 
 SOCKETS = 1_000
-FRAME = b"78\r\nid: 0123abcd-1000\ndata: " + b"x" * 92 + b"\n\n\r\n"
+FRAME = b"78\r\ndata: " + b"x" * 92 + b"\nid: 0123abcd-1000\n\n\r\n"
 HUB = "ctypes.PyDLL, as the hub"
 
 
 def main() -> None:
     given = options("Compare ways to send to many sockets.", rounds=20)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_descriptor_limit()
     machine = print_machine(["flask-eventstream"])
     with connections(SOCKETS) as sockets:
         ways = ways_to_send(sockets)

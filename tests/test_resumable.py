@@ -566,9 +566,11 @@ def test_what_guards_the_view_guards_every_request(
 
 
 def test_too_many_runs_of_one_owner_are_429(make_site: Callable[..., Site], model: Model) -> None:
-    site = make_site({"MAX_RUNS_PER_OWNER": 1, "MAX_RUNS": 2}, owner=lambda: request.args["user"])
+    limits = {"MAX_RUNS_PER_OWNER": 1, "MAX_RUNS": 2}
+    # Heads leave at once, though the producers wait before their first item.
+    site = make_site(limits, owner=lambda: request.args["user"], heartbeat=0.02)
     urls = [f"/stream/chat/{n}" for n in range(4)]
-    with site.post([], "a", url=f"{urls[0]}?user=me", **quick(site)) as one:
+    with site.post([], "a", url=f"{urls[0]}?user=me") as one:
         response = site.ask("POST", f"{urls[1]}?user=me")
         assert response.status_code == 429
         assert int(response.headers["Retry-After"]) > 0
@@ -581,13 +583,6 @@ def test_too_many_runs_of_one_owner_are_429(make_site: Callable[..., Site], mode
             model.go_on()
     wait_for(lambda: model.closed == 2)
     assert site.ask("POST", f"{urls[2]}?user=me").status_code == 200
-
-
-def quick(site: Site) -> dict[str, Any]:
-    """Have heads leave at once, for producers that wait before their first item."""
-    config = site.app.extensions["eventstream"].config
-    object.__setattr__(config, "heartbeat", 0.02)
-    return {}
 
 
 def test_a_run_needs_room_for_its_client(make_site: Callable[..., Site], model: Model) -> None:

@@ -192,12 +192,18 @@ def test_the_ids_of_a_log_are_no_cursors_of_another_channel(
     assert [one.type for one in EventStreamParser().feed(start)] == ["reset", "message"]
 
 
-def test_what_has_ended_is_kept_for_a_while_and_then_forgotten() -> None:
+def with_one_that_has_ended() -> tuple[MemoryBroker, MemoryRegistry, list[float]]:
+    """Return a broker and its registry, and their clock, which tells what its item says."""
     now = [0.0]
     broker = MemoryBroker(clock=lambda: now[0])
     registry = broker.registry(600, 15, 100)
     begin(registry, "one")
     registry.write([Write("key", "one", 1, event("one", 1), "end")])
+    return broker, registry, now
+
+
+def test_what_has_ended_is_kept_for_a_while_and_then_forgotten() -> None:
+    broker, registry, now = with_one_that_has_ended()
     now[0] = 599
     assert registry.find("key")
     assert read(broker, "one").start
@@ -219,11 +225,7 @@ def test_a_run_that_goes_on_is_kept_however_old() -> None:
 
 
 def test_the_next_run_takes_the_place_of_one_that_has_ended() -> None:
-    now = [0.0]
-    broker = MemoryBroker(clock=lambda: now[0])
-    registry = broker.registry(600, 15, 100)
-    begin(registry, "one")
-    registry.write([Write("key", "one", 1, event("one", 1), "end")])
+    broker, registry, now = with_one_that_has_ended()
     begin(registry, "two")
     registry.write([Write("key", "two", 1, event("two", 1))])
     assert read(broker, "one").start == b""
