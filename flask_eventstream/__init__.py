@@ -4,10 +4,10 @@ from .blueprint import EventStream, eventstream
 from .broker import Broker, Subscription
 from .errors import EventStreamError
 from .event import ServerSentEvent
+from .generator_stream import interval, merge
 from .memory_broker import MemoryBroker
 from .parser import EventStreamParser
-from .producer import interval
-from .response import EventStreamResponse, merge
+from .response import EventStreamResponse
 
 __all__ = [
     "Broker",

@@ -11,7 +11,7 @@ from . import access
 from .broker import DEFAULT_CHANNEL, channel_names
 from .errors import BrokerUnavailableError, TooLargeError
 from .event import ServerSentEvent, to_json
-from .opening import check_room, come_again, first_events, open_stream
+from .opening import SERVER_STOPS, check_room, come_again, first_events, open_stream
 from .response import EventStreamResponse, cursor, json_dumps
 from .resumable import METHODS, Resumable
 from .signals import event_published
@@ -131,6 +131,8 @@ class EventStream(Blueprint):
         if request.method == "HEAD":
             return EventStreamResponse(())
         check_room(state)
+        if state.shutdown.has_begun:
+            return come_again(state.config, SERVER_STOPS)
         try:
             subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
         except BrokerUnavailableError as error:

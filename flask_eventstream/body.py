@@ -8,18 +8,36 @@ from __future__ import annotations
 import math
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from . import endings
 from .event import HEARTBEAT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from .broker import Subscription
+    from .shutdown import Shutdown
+
 
 _PROBE_SECONDS = 1.0
 _PIECE_BYTES = 16 * 1024
 """The first bytes may be many, and a server that is about to lose its socket must not wait."""
+
+
+class Keeper(Protocol):
+    """Who is told of the bodies that wait, of what they send, and of their end."""
+
+    shutdown: Shutdown
+
+    def connected(self, start: bytes) -> int:
+        """Count a body, by what it starts with, and return its number."""
+
+    def delivered(self, wire: bytes) -> None:
+        """Count events that a server has taken for one subscriber."""
+
+    def closed(self, body: SubscriptionBody) -> None:
+        """Take note, once, that a body is closed and its subscription off the books."""
 
 
 class SubscriptionBody:
@@ -32,20 +50,27 @@ class SubscriptionBody:
     :param start: the first bytes, sent at once.
     :param heartbeat: the longest silence, in seconds.
     :param max_lifetime: after how many seconds it ends, jittered by 20 %; ``None`` for never.
-    :param on_close: called once with this body, when the subscription is off the books.
+    :param keeper: who is told of it.
     :ivar subscription: what the client has to get.
-    :ivar end: when it ends at the latest, by :func:`time.monotonic`.
+    :ivar deadline: when it ends at the latest, by :func:`time.monotonic`.
+    :ivar number: which one of the process it is.
+    :ivar begun: when it was made, by :func:`time.monotonic`.
+    :ivar reason: why it has ended, see :mod:`endings`.
     """
 
     # Only one of the roads needs more than these, and there may be many thousands of it.
     __slots__ = (
         "__weakref__",
         "_heartbeat",
+        "_is_last",
         "_is_open",
-        "_on_close",
+        "_keeper",
         "_silence",
         "_start",
-        "end",
+        "begun",
+        "deadline",
+        "number",
+        "reason",
         "subscription",
     )
 
@@ -55,14 +80,18 @@ class SubscriptionBody:
         start: bytes,
         heartbeat: float,
         max_lifetime: float | None,
-        on_close: Callable[[SubscriptionBody], None],
+        keeper: Keeper,
     ) -> None:
         self.subscription = subscription
-        self.end = math.inf if max_lifetime is None else time.monotonic() + jittered(max_lifetime)
+        self.number = keeper.connected(start)
+        self.begun = time.monotonic()
+        self.deadline = math.inf if max_lifetime is None else self.begun + jittered(max_lifetime)
+        self.reason = endings.LEFT
         self._start = start
         self._heartbeat = heartbeat
         self._silence: Silence | None = None
-        self._on_close = on_close
+        self._keeper = keeper
+        self._is_last = False
         self._is_open = True
 
     def __iter__(self) -> Iterator[bytes]:
@@ -71,13 +100,37 @@ class SubscriptionBody:
     def __next__(self) -> bytes:
         if self._start:
             return self.take_start(_PIECE_BYTES)
-        silence = self._silence = self._silence or Silence(self._heartbeat)
-        pause = min(silence.pause, self.end - time.monotonic())
-        events = None if pause <= 0 else self.subscription.take(pause)
-        if events is None:
-            self.close()
-            raise StopIteration
-        return silence.broken_by(events or HEARTBEAT)
+        if self._silence is None:
+            self._silence = Silence(self._heartbeat)
+            self._keeper.shutdown.enter(self)
+        pause = min(self._silence.pause, self.deadline - time.monotonic())
+        events = self.subscription.take(pause) if pause > 0 else None
+        if events is None or (not events and self.reason == endings.STOPPED):
+            return self._last_bytes(is_late=pause <= 0)
+        self._keeper.delivered(events)
+        return self._silence.broken_by(events or HEARTBEAT)
+
+    def _last_bytes(self, *, is_late: bool) -> bytes:
+        if is_late:
+            self.reason = endings.EXPIRED
+        elif self.reason == endings.LEFT:
+            is_ended = self.subscription.channel_set.end is not None
+            self.reason = endings.ENDED if is_ended else endings.LAGGED
+        if self.reason in (endings.EXPIRED, endings.STOPPED) and not self._is_last:
+            self._is_last = True
+            return self._keeper.shutdown.farewell()
+        self.close()
+        raise StopIteration
+
+    def stop(self) -> None:
+        """Have it end with what is pending, since the server stops; from any thread."""
+        self.reason = endings.STOPPED
+        self.subscription.hurry()
+
+    def end(self, reason: str) -> None:
+        """End it for a reason; from any thread."""
+        self.reason = reason
+        self.close()
 
     def take_start(self, size: int | None = None) -> bytes:
         """Take the first bytes, all that are left or as many as ``size``, and return them."""
@@ -93,7 +146,8 @@ class SubscriptionBody:
             del self._is_open
         except AttributeError:
             return
-        self._on_close(self)
+        self._keeper.shutdown.leave(self)
+        self._keeper.closed(self)
 
 
 class ShortBody:

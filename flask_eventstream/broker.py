@@ -180,14 +180,22 @@ class Subscription:
         client's picture has to be drawn anew: on a first connect, or after a ``reset``.
     """
 
-    __slots__ = ("_is_closed", "_ready", "channel_set", "position", "resumed", "start")
+    __slots__ = (
+        "_is_closed",
+        "_is_hurried",
+        "_ready",
+        "channel_set",
+        "position",
+        "resumed",
+        "start",
+    )
 
     def __init__(self, channel_set: ChannelSet, position: int, start: bytes, resumed: bool) -> None:
         self.channel_set = channel_set
         self.position = position
         self.start = start
         self.resumed = resumed
-        self._is_closed = False
+        self._is_closed = self._is_hurried = False
         # Only who waits needs one; it is larger than all the rest.
         self._ready: concurrency.Event | None = None
 
@@ -232,9 +240,15 @@ class Subscription:
             if not wire and self.position == self.channel_set.end:
                 continue
             remaining = deadline - time.monotonic()
-            if wire or remaining <= 0:
+            if wire or remaining <= 0 or self._is_hurried:
                 return wire
             self.channel_set.owner.wait(ready, remaining)
+
+    def hurry(self) -> None:
+        """Have :meth:`take` wait for nothing any more, also one that waits in another thread."""
+        self._is_hurried = True
+        if self._ready is not None:
+            self._ready.set()
 
     def close(self) -> None:
         """End the subscription. It may be called from anywhere and more than once.

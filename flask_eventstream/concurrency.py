@@ -19,7 +19,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _logger = logging.getLogger(__name__)
 
@@ -139,9 +139,9 @@ class Errands:
         self._left: deque[Callable[[], object]] = deque()
         self._waker = Waker(self._run_all)
 
-    def add(self, errand: Callable[[], object]) -> None:
-        """Have a function called soon. If it fails, that is logged."""
-        self._left.append(errand)
+    def add(self, errands: Iterable[Callable[[], object]]) -> None:
+        """Have some functions called soon. If one fails, that is logged."""
+        self._left.extend(errands)
         try:
             self._waker.start()
         except RuntimeError:
@@ -205,6 +205,35 @@ def wait_readable(descriptor: int, timeout: float) -> None:
     except TimeoutError as error:
         if error is not late:
             raise
+
+
+def current_greenlet() -> Any:
+    """Return the greenlet that runs the caller; ``None`` for a thread without gevent."""
+    return sys.modules["gevent.hub"].getcurrent() if runs_in_greenlet() else None
+
+
+def throw_into(greenlet: Any, error: BaseException, is_wanted: Callable[[], bool]) -> None:
+    """Raise an error where a greenlet waits, if that is still wanted when its turn comes."""
+
+    def throw() -> None:
+        # In gevent's own hub, where nobody else runs between the look and the throw.
+        if is_wanted():
+            greenlet.throw(error)
+
+    sys.modules["gevent.hub"].get_hub().loop.run_callback(throw)
+
+
+def look_until(condition: Callable[[], object], seconds: float, *, in_greenlet: bool) -> None:
+    """Wait until a condition holds, by looking again and again, for some seconds at most.
+
+    For the end of a process, when neither threads nor greenlets can be relied on to wake anybody.
+
+    :param in_greenlet: whether those are greenlets who are to make it hold.
+    """
+    pause = switch if in_greenlet else original("time", "sleep")
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        pause(0.001)
 
 
 def switch(seconds: float = 0) -> None:

@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from typing import Any
 
 from . import concurrency
@@ -58,16 +59,27 @@ def size_of(wire: bytes) -> Any:
     return ctypes.c_size_t(len(wire))
 
 
-def send_from(descriptor: int, wire: bytes, offset: int) -> int | None:
+def send_from(descriptor: int, wire: bytes, offset: int) -> int:
     """Send what there is room for, from an offset on.
 
-    :returns: how many bytes were sent, 0 if there was no room; ``None`` if the connection is gone.
+    :returns: how many bytes were sent, 0 if there was no room; if the connection is gone, the
+        negative number of the error.
     """
     part = wire[offset : offset + _MAX_PART_BYTES]
     sent: int = _try_send(descriptor, part, size_of(part), FLAGS)
     if sent >= 0:
         return sent
-    return 0 if ctypes.get_errno() == errno.EAGAIN else None
+    return 0 if (error := ctypes.get_errno()) == errno.EAGAIN else -error
+
+
+def error_of(descriptor: int) -> int:
+    """Return the number of the error that has ended a connection; 0 if it was closed."""
+    error = ctypes.c_int()
+    size = ctypes.c_uint(ctypes.sizeof(error))
+    _libc.getsockopt(
+        descriptor, socket.SOL_SOCKET, socket.SO_ERROR, ctypes.byref(error), ctypes.byref(size)
+    )
+    return error.value
 
 
 def prepare(descriptor: int, timeout: float) -> None:
@@ -94,6 +106,11 @@ def shut_down(descriptor: int) -> None:
             return
 
 
+def cut(descriptor: int) -> None:
+    """End a connection in both directions. Who waits for it, to send or to read, waits no more."""
+    _libc.shutdown(descriptor, socket.SHUT_RDWR)
+
+
 def reset_on_close(descriptor: int) -> None:
     """Have the kernel drop what it still holds for a client when the socket is closed."""
     _libc.setsockopt(descriptor, socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE, 8)
@@ -110,11 +127,14 @@ class Watcher:
 
     The sockets are watched edge-triggered, for room and for the client's end, from the start. What
     a client sends after its request is no event. Under gevent, greenlets run meanwhile.
+
+    :ivar rung_at: when somebody rang who ended, or will end, a wait, by :func:`time.monotonic`.
     """
 
     def __init__(self) -> None:
         self.is_open = False
         self.is_greenlet = False
+        self.rung_at = 0.0
         self._is_rung = False
         self._bell = -1
         self._epoll: Any = None
@@ -152,6 +172,7 @@ class Watcher:
         """End the current or the next wait; from any thread."""
         if self.is_open and not self._is_rung:
             self._is_rung = True
+            self.rung_at = time.monotonic()
             _libc.write(self._bell, _RING, ctypes.c_size_t(8))
 
     def wait(self, timeout: float) -> list[tuple[int, int]]:

@@ -79,6 +79,14 @@ class StreamFormat:
         """
         return self.last(FAILED, message).with_id(FINISHED_ID).encode()
 
+    def stopped(self, farewell: bytes) -> bytes:
+        """Return what a stream ends with whose server stops.
+
+        :param farewell: a line that says when the client returns, and no event: without an end,
+            browsers return by themselves.
+        """
+        return farewell
+
 
 class OpenAIFormat(StreamFormat):
     """What OpenAI's API sends: ``data: {...}``, then ``data: [DONE]`` or an ``error`` object."""
@@ -98,6 +106,10 @@ class OpenAIFormat(StreamFormat):
     def error(self, message: str) -> bytes:
         """Return the last event of a stream that failed."""
         return self.last(FAILED, message).encode()
+
+    def stopped(self, farewell: bytes) -> bytes:
+        """Return an error: OpenAI's clients take a stream that only stops for complete."""
+        return self.last("server_stopped", "The server stops. Please try again.").encode()
 
 
 def stream_format(name: str, dumps: Callable[[Any], str], max_bytes: int) -> StreamFormat:

@@ -76,6 +76,16 @@ def server_socket(environ: Mapping[str, Any]) -> ServerSocket | None:
     return found if found is not None and _is_plain(found.socket) else None
 
 
+def cutter(environ: Mapping[str, Any]) -> Callable[[], None] | None:
+    """Return what cuts the connection of a request, from any thread, if its server is known."""
+    found = environ.get("gunicorn.socket", environ.get("werkzeug.socket"))
+    if found is None or not descriptors.IS_AVAILABLE:
+        return None
+    # By its descriptor as it is then, -1 once it is closed. gevent's own shutdown() would have who
+    # waits for it fail with an error that its servers log.
+    return lambda: descriptors.cut(found.fileno())
+
+
 def _found_in(environ: Mapping[str, Any], body: Any) -> ServerSocket | None:
     if "gunicorn.socket" in environ:
         if not environ.get("wsgi.multithread"):

@@ -15,23 +15,25 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from errno import ETIMEDOUT
+from functools import partial
 from typing import TYPE_CHECKING
 
-from . import concurrency, descriptors
-from .subscriber import Group, Subscriber, framed
+from . import concurrency, descriptors, endings
+from .figures import Deliveries
+from .heartbeats import Heartbeats
+from .subscriber import Members, ending, framed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from .subscriber import Source
+    from .subscriber import Group, Source, Subscriber
 
 FRAME_BYTES = 32 * 1024
 """How many bytes are joined into one frame, unless a single event is larger."""
 # Who lags has one of its own. 64 KiB were no faster, and left glibc with up to 14 MiB of holes.
 _SENDS_IN_A_ROW = 100
-_TICK_SECONDS = 1.0
 _STOP_SECONDS = 2.0
-_LAST_CHUNK = b"0\r\n\r\n"
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ class SocketHub:
     :param beat: what breaks it.
     :param max_lag: after how many seconds without a byte taken a lagging subscriber is cut off. As
         long as that, sent bytes may stay unacknowledged.
+    :param farewell: returns what a stream ends with that might go on, given how many end at once.
+    :ivar sent: what was sent, but for the first bytes of each stream.
 
     It runs as long as it has subscribers: on a thread of its own, or on a greenlet where gevent
     runs. A forked child closes what it inherits and starts anew.
@@ -56,33 +60,27 @@ class SocketHub:
         heartbeat: float,
         beat: bytes,
         max_lag: float,
+        farewell: Callable[[int], bytes],
     ) -> None:
         self._news = watch(self.ring)
-        # Everybody is visited once in three quarters of the interval, a part of them at each tick,
-        # and gets a beat after a quarter of silence. So the visits are spread, nobody who is busy
-        # gets one, and no silence is longer than the interval.
-        self._quiet = heartbeat / 4
-        self._slots = max(1, round(heartbeat * 0.75 / min(_TICK_SECONDS, heartbeat / 8)))
-        self._tick_seconds = heartbeat * 0.75 / self._slots
-        self._beats = (beat, framed(beat, True))
+        self._farewell = farewell
+        self._heartbeats = Heartbeats(heartbeat, beat)
         self._max_lag = max_lag
         self._reset()
         concurrency.call_after_fork(self._after_fork)
 
     def _reset(self) -> None:
         self._mutex = concurrency.new_mutex()
-        self._is_running = False
-        self._is_stopping = False
+        self._is_running = self._is_stopped = False
+        self.sent = Deliveries()
         self._watcher = descriptors.Watcher()
         self._arrived: deque[Subscriber] = deque()
         self._errands = concurrency.Errands()
-        self._subscribers: dict[int, Subscriber] = {}
-        self._lagging: dict[int, Subscriber] = {}
-        self._groups: dict[Source, Group] = {}
+        self._left: list[Callable[[], None]] = []
+        self._members = Members()
         self._sends_left = _SENDS_IN_A_ROW
-        self._slot = 0
         self._wire = self._chunk = b""
-        self._now = self._next_tick = 0.0
+        self._now = 0.0
 
     def add(self, subscriber: Subscriber) -> None:
         """Send a subscriber everything from now on.
@@ -94,7 +92,6 @@ class SocketHub:
         with self._mutex:
             if not self._watcher.is_open:
                 self._watcher.open()
-                concurrency.call_at_exit(self.stop)
         descriptors.prepare(subscriber.descriptor, self._max_lag)
         # Here and not in the loop, since it gives the GIL away. No event is missed: what is sent
         # first finds out what there was.
@@ -117,14 +114,23 @@ class SocketHub:
         """Have the loop look for what is new; from any thread, without waiting for anything."""
         self._watcher.ring()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it has subscribers."""
+        return self._is_running
+
+    @property
+    def lagging(self) -> int:
+        """How many subscribers have not everything yet."""
+        return len(self._members.lagging)
+
     def stop(self) -> None:
-        """End all streams there are, and wait for that, for 2 seconds at most."""
-        self._is_stopping = self._is_running
+        """End all streams, now and from now on, and wait for that, for 2 seconds at most."""
+        self._is_stopped = True
         self.ring()
-        pause = concurrency.switch if self._watcher.is_greenlet else time.sleep
-        deadline = time.monotonic() + _STOP_SECONDS
-        while self._is_stopping and time.monotonic() < deadline:
-            pause(0.001)
+        concurrency.look_until(
+            lambda: not self._is_running, _STOP_SECONDS, in_greenlet=self._watcher.is_greenlet
+        )
 
     def _run(self) -> None:
         while not self._is_over():
@@ -132,40 +138,45 @@ class SocketHub:
                 self._turn()
             except Exception:  # its subscribers must not stay with a hub that sends nothing
                 _logger.exception("The socket hub failed; its streams end, and clients reconnect")
-                self._finish_all()
+                self._finish_all(endings.FAILED)
             self._watcher.close_removed()
+            self._tell_owners()
+
+    def _tell_owners(self) -> None:
+        if self._left:
+            # What they do then is not the hub's business, and must not hold it up. Together, as
+            # each time may take a new thread.
+            self._errands.add(self._left)
+            self._left = []
 
     def _is_over(self) -> bool:
         with self._mutex:
-            self._is_running = bool(self._arrived or self._subscribers)
+            self._is_running = bool(self._arrived or self._members.all)
             return not self._is_running
 
     def _turn(self) -> None:
-        events = self._watcher.wait(max(0, self._next_tick - time.monotonic()))
+        events = self._watcher.wait(max(0, self._heartbeats.next_tick - time.monotonic()))
         self._now = time.monotonic()
         while self._arrived:
             self._take_in(self._arrived.popleft())
         for descriptor, event in events:
             self._on_event(descriptor, event)
-        for source in self._news():
-            group = self._groups.get(source)
-            if group is not None:
-                self._send_news(group)
-        if self._now >= self._next_tick:
+        self._send_all_news()
+        if self._now >= self._heartbeats.next_tick:
             self._tick()
-        if self._is_stopping:
-            self._finish_all()
+        if self._is_stopped:
+            self._finish_all(endings.STOPPED)
+
+    def _send_all_news(self) -> None:
+        rung_at, groups = self._watcher.rung_at, self._members.groups
+        news = [groups[source] for source in self._news() if source in groups]
+        for group in news:
+            self._send_news(group)
+        if news:
+            self.sent.observe(time.monotonic() - rung_at)
 
     def _take_in(self, subscriber: Subscriber) -> None:
-        source = subscriber.group.source
-        group = self._groups.setdefault(source, subscriber.group)
-        if not group.size:
-            group.sent = self._now
-        group.size += 1
-        subscriber.group = group
-        subscriber.moved = self._now
-        self._subscribers[subscriber.descriptor] = subscriber
-        self._lagging[subscriber.descriptor] = subscriber
+        group = self._members.join(subscriber, self._now)
         # Of a new group, what came before may have been news already, when nobody was in it.
         if group.size == 1 or group.position < subscriber.position:
             self._send_news(group)
@@ -181,6 +192,7 @@ class SocketHub:
             if wire:
                 group.sent = self._now
                 plain, in_chunks = group.live
+                self.sent.add(wire, len(plain) + len(in_chunks))
                 if plain:
                     self._send_to_all(plain, wire)
                 if in_chunks:
@@ -212,9 +224,7 @@ class SocketHub:
     def _fall_behind(self, subscriber: Subscriber, frame: bytes, sent: int) -> None:
         subscriber.pending = frame
         subscriber.offset = sent
-        subscriber.position = subscriber.group.position
-        subscriber.moved = self._now
-        self._lagging[subscriber.descriptor] = subscriber
+        self._members.fall_behind(subscriber, self._now)
         # It would be told when there is room again, but not if the connection is gone already.
         self._catch_up(subscriber)
 
@@ -229,17 +239,17 @@ class SocketHub:
                 self._cut(subscriber)
                 return
             wire, subscriber.position = found
+            self.sent.add(wire, 1)
             if wire:
                 subscriber.pending = framed(wire, subscriber.is_chunked)
 
     def _send_pending(self, subscriber: Subscriber) -> bool:
         while subscriber.offset < len(subscriber.pending):
-            sent = descriptors.send_from(
-                subscriber.descriptor, subscriber.pending, subscriber.offset
-            )
-            if sent is None:
-                self._forget(subscriber)
-            if not sent:
+            pending, offset = subscriber.pending, subscriber.offset
+            sent = descriptors.send_from(subscriber.descriptor, pending, offset)
+            if sent <= 0:
+                if sent:
+                    self._lose(subscriber, -sent)
                 return False
             subscriber.offset += sent
             subscriber.moved = self._now
@@ -247,19 +257,18 @@ class SocketHub:
         return True
 
     def _rejoin(self, subscriber: Subscriber) -> None:
-        del self._lagging[subscriber.descriptor]
-        subscriber.group.live[subscriber.is_chunked][subscriber.descriptor] = subscriber
+        self._members.catch_up(subscriber)
         if subscriber.group.is_over:
-            self._finish(subscriber)
+            self._finish(subscriber, endings.ENDED)
 
     def _on_event(self, descriptor: int, event: int) -> None:
-        subscriber = self._subscribers.get(descriptor)
+        subscriber = self._members.all.get(descriptor)
         if subscriber is None:
             # The bell, or one that went during this turn.
             return
         if event & descriptors.IS_GONE:
-            self._forget(subscriber)
-        elif descriptor in self._lagging:
+            self._lose(subscriber, descriptors.error_of(descriptor))
+        elif descriptor in self._members.lagging:
             self._catch_up(subscriber)
         elif event & descriptors.SAYS_NO_MORE and not subscriber.is_half_closed:
             # Who has closed the connection answers a beat with a reset, which is an event of its
@@ -270,61 +279,52 @@ class SocketHub:
     def _beat(self, subscriber: Subscriber) -> None:
         live = subscriber.group.live[subscriber.is_chunked]
         del live[subscriber.descriptor]
-        self._fall_behind(subscriber, self._beats[subscriber.is_chunked], 0)
+        self._fall_behind(subscriber, self._heartbeats.wires[subscriber.is_chunked], 0)
 
     def _tick(self) -> None:
-        self._next_tick = self._now + self._tick_seconds
-        self._slot = (self._slot + 1) % self._slots
-        for subscriber in tuple(self._lagging.values()):
+        for subscriber in tuple(self._members.lagging.values()):
             if subscriber.moved < self._now - self._max_lag:
                 self._cut(subscriber)
-        for subscriber in [one for one in self._subscribers.values() if one.deadline <= self._now]:
-            self._finish(subscriber)
-        silent = [
-            one
-            for descriptor, one in self._subscribers.items()
-            if descriptor % self._slots == self._slot and one.group.sent <= self._now - self._quiet
-        ]
-        for subscriber in silent:
-            if subscriber.descriptor not in self._lagging:
+        for subscriber in [one for one in self._members.all.values() if one.deadline <= self._now]:
+            self._finish(subscriber, endings.EXPIRED, self._farewell(1))
+        for subscriber in self._heartbeats.due(self._members.all, self._now):
+            if subscriber.descriptor not in self._members.lagging:
                 self._beat(subscriber)
 
     def _end(self, group: Group) -> None:
         group.is_over = True
         # Who subscribes from now on starts another one.
-        self._groups.pop(group.source, None)
+        self._members.groups.pop(group.source, None)
+        reason = endings.LAGGED if group.source.end is None else endings.ENDED
         for live in group.live:
             for subscriber in tuple(live.values()):
-                self._finish(subscriber)
+                self._finish(subscriber, reason)
 
-    def _finish_all(self) -> None:
-        for subscriber in tuple(self._subscribers.values()):
-            self._finish(subscriber)
-        self._is_stopping = False
+    def _finish_all(self, reason: str) -> None:
+        streams = len(self._members.all)
+        for subscriber in tuple(self._members.all.values()):
+            self._finish(subscriber, reason, self._farewell(streams))
 
-    def _finish(self, subscriber: Subscriber) -> None:
-        if subscriber.is_chunked and not subscriber.pending:
-            descriptors.send_from(subscriber.descriptor, _LAST_CHUNK, 0)
+    def _finish(self, subscriber: Subscriber, reason: str, farewell: bytes = b"") -> None:
+        if not subscriber.pending:
+            wire = ending(farewell, subscriber.is_chunked)
+            descriptors.send_from(subscriber.descriptor, wire, 0)
         descriptors.shut_down(subscriber.descriptor)
-        self._forget(subscriber)
+        self._forget(subscriber, reason)
 
     def _cut(self, subscriber: Subscriber) -> None:
         descriptors.reset_on_close(subscriber.descriptor)
-        self._forget(subscriber)
+        self._forget(subscriber, endings.LAGGED)
 
-    def _forget(self, subscriber: Subscriber) -> None:
-        descriptor, group = subscriber.descriptor, subscriber.group
-        del self._subscribers[descriptor]
-        self._lagging.pop(descriptor, None)
-        group.live[subscriber.is_chunked].pop(descriptor, None)
-        group.size -= 1
-        if not group.size and not group.is_over:
-            del self._groups[group.source]
-        self._watcher.remove(descriptor)
-        # What an owner does then is not the hub's business, and must not hold it up.
-        self._errands.add(subscriber.owner.close)
+    def _lose(self, subscriber: Subscriber, error: int) -> None:
+        self._forget(subscriber, endings.VANISHED if error == ETIMEDOUT else endings.LEFT)
+
+    def _forget(self, subscriber: Subscriber, reason: str) -> None:
+        self._members.leave(subscriber)
+        self._watcher.remove(subscriber.descriptor)
+        self._left.append(partial(subscriber.owner.end, reason))
 
     def _after_fork(self) -> None:
-        for subscriber in (*self._subscribers.values(), *self._arrived):
+        for subscriber in (*self._members.all.values(), *self._arrived):
             descriptors.close(subscriber.descriptor)
         self._reset()

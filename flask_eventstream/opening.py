@@ -12,15 +12,16 @@ from .event import ServerSentEvent, encode_comment
 from .memory_broker import MemoryBroker
 from .response import EventStreamResponse, cursor, json_dumps
 from .signals import subscriber_connected
-from .state import app_in_use
+from .state import connection_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .broker import Subscription
     from .config import Config
-    from .errors import BrokerUnavailableError
     from .state import State
+
+SERVER_STOPS = "The server stops."
 
 
 def check_room(state: State) -> None:
@@ -54,10 +55,13 @@ def open_stream(state: State, subscription: Subscription, start: bytes) -> Event
     """
     config = state.config
     first = opening(config) + start
-    body = SubscriptionBody(
-        subscription, first, config.heartbeat, config.max_lifetime, state.on_close
+    body = SubscriptionBody(subscription, first, config.heartbeat, config.max_lifetime, state)
+    subscriber_connected.send(
+        state.app,
+        channels=subscription.channels,
+        last_event_id=cursor(),
+        connection=connection_id(body),
     )
-    subscriber_connected.send(app_in_use(), channels=subscription.channels, last_event_id=cursor())
     return EventStreamResponse(body)
 
 
@@ -68,12 +72,16 @@ def opening(config: Config) -> bytes:
     return encode_comment() + b"retry: %d\n" % jittered(config.retry)
 
 
-def come_again(config: Config, error: BrokerUnavailableError) -> EventStreamResponse:
-    """Return a response that ends at once, since the broker cannot be reached."""
+def come_again(config: Config, reason: object) -> EventStreamResponse:
+    """Return a response that ends at once, since there can be no stream for now.
+
+    :param config: the app's.
+    :param reason: why: the broker cannot be reached, or the server stops.
+    """
     # An EventSource that gets an error instead, 503 included, gives up for good (WHATWG HTML,
     # section 9.2.2). One whose stream ends returns. There may be thousands of them, and the broker
     # has given its warning.
-    current_app.logger.info("A subscriber is sent away for a while: %s", error)
+    current_app.logger.info("A subscriber is sent away for a while: %s", reason)
     return EventStreamResponse(ShortBody(opening(config)))
 
 

@@ -13,7 +13,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from . import concurrency
-from .config import check_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +35,7 @@ class Producers:
 
     :param sources: the iterables; they are started, iterated and closed on their own threads.
     :param carry: wraps what runs on such a thread, to give it the caller's contexts.
+    :ivar is_stopped: whether items are left since the server stops.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Producers:
     ) -> None:
         self._items: deque[tuple[_Producer, Any]] = deque()
         self._ready = concurrency.new_event()
-        self._is_closed = False
+        self._is_closed = self.is_stopped = False
         self._running = [_Producer(self, source) for source in sources]
         for producer in self._running:
             concurrency.spawn(carry(producer.run))
@@ -58,7 +58,7 @@ class Producers:
         :raises BaseException: whatever a source raised, which may well be a ``TimeoutError``.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self._running:
+        while self._running and not self.is_stopped:
             self._ready.clear()
             if self._items:
                 producer, item = self._items.popleft()
@@ -79,6 +79,11 @@ class Producers:
         self._items.append((producer, item))
         self._ready.set()
         return not self._is_closed
+
+    def stop(self) -> None:
+        """Have :meth:`get` return :data:`END` from now on, since the server stops."""
+        self.is_stopped = True
+        self._ready.set()
 
     def close(self) -> None:
         """Have every source closed, by its own thread, at its next item."""
@@ -145,27 +150,18 @@ def close_source(source: Iterable[Any]) -> None:
         _logger.exception("Closing the source of a stream failed: %r", source)
 
 
-def interval(seconds: float) -> Iterator[int]:
-    """Count 0, 1, 2, … with a pause before each number, without drift.
+def ticks(seconds: float, wait: Callable[[float], object] | None = None) -> Iterator[int]:
+    """Count, with a pause before each number; see :func:`interval`.
 
-    A tick that comes late is not made up for: the next one is due a whole pause after it at most.
-    A stream's head waits for its first item, so yield one at once, or give the stream a
-    ``heartbeat``, where the browser's ``onopen`` must not be late.
-
-    :param seconds: the pause, in seconds, more than 0.
-    :raises ConfigurationError: if ``seconds`` is no number that is more than 0.
+    :param seconds: the pause.
+    :param wait: waits for so many seconds.
     """
-    check_seconds("seconds", seconds)
-    return _ticks(seconds)
-
-
-def _ticks(seconds: float) -> Iterator[int]:
     # Not time.sleep(), which would stop a gevent server that is not monkey-patched.
-    never = concurrency.new_event()
+    wait = wait or concurrency.new_event().wait
     due = time.monotonic()
     number = 0
     while True:
         due = max(due + seconds, time.monotonic())
-        never.wait(due - time.monotonic())
+        wait(due - time.monotonic())
         yield number
         number += 1

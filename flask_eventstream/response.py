@@ -7,41 +7,28 @@ server iterates it, or the hub has the client's socket. Nothing outside this fil
 
 from __future__ import annotations
 
-import contextvars
 import json
-import sys
-import traceback
-from collections.abc import Mapping
 from functools import lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
-from flask import (
-    Response,
-    copy_current_request_context,
-    current_app,
-    g,
-    got_request_exception,
-    has_request_context,
-    request,
-    stream_with_context,
-)
+from flask import Response, current_app, request
 from flask.json.provider import DefaultJSONProvider
 
 from . import hijack
-from .body import ShortBody, Silence, SubscriptionBody
-from .config import check_seconds
-from .event import HEARTBEAT, MAX_EVENT_BYTES
-from .format import FINISHED_ID, StreamFormat, stream_format
-from .producer import END, NOTHING, Producers
+from .body import ShortBody, SubscriptionBody
+from .event import MAX_EVENT_BYTES
+from .format import FINISHED_ID, stream_format
+from .generator_stream import body_of, close_stream, shutdown_in_use
 from .subscriber import Subscriber, framed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Mapping
 
     from _typeshed.wsgi import WSGIEnvironment
 
     from .hub import SocketHub
+    from .shutdown import Shutdown
 
 HEADERS = {
     # no-transform: a proxy that compresses would hold events back until its buffer is full.
@@ -115,7 +102,7 @@ class EventStreamResponse(Response):
             status = 204
         elif request.method != "HEAD":
             encoder = stream_format(format, json_dumps(), _max_event_bytes())
-            to_close = items = _started(stream, encoder, heartbeat)
+            to_close = items = body_of(stream, encoder, heartbeat)
             body = chain((next(items),), items)
         super().__init__(body, status, headers)
         for name, value in HEADERS.items():
@@ -123,27 +110,38 @@ class EventStreamResponse(Response):
         if self.status_code == 204:
             del self.headers["Content-Type"]
         # The body would be closed only by a server that has begun to iterate it.
-        super().call_on_close(partial(_close, to_close))
+        super().call_on_close(partial(close_stream, to_close))
 
     def call_on_close(self, func: Callable[[], Any]) -> Callable[[], Any]:
         """Have a function called when the stream ends."""
         self._has_closers = True
         return super().call_on_close(func)
 
+    def end(self, reason: str) -> None:
+        """End the stream of a subscriber for a reason, and close the whole response."""
+        cast("SubscriptionBody", self.response).reason = reason
+        self.close()
+
     def get_app_iter(self, environ: WSGIEnvironment) -> Iterable[bytes]:
         """Return the body for a WSGI server: the place where its road is chosen."""
         app_iter = super().get_app_iter(environ)
         stream, hub = self.response, self._hub
         # Both may be something else: the body after an after_request function, and () for HEAD.
-        if hub is None or not isinstance(stream, SubscriptionBody) or app_iter == ():
-            return app_iter
-        server = hijack.server_socket(environ) if self._is_plain() else None
-        if server is None:
-            return app_iter
-        # Whoever wants to know when the stream ends may need the whole response for that.
-        owner = self if self._has_closers else stream
-        hand_over = partial(_hand_over, hub, stream, owner)
-        return hijack.HijackingBody(server, iter(app_iter), hand_over, self.close)
+        if hub is not None and isinstance(stream, SubscriptionBody) and app_iter != ():
+            server = hijack.server_socket(environ) if self._is_plain() else None
+            if server is not None:
+                # Whoever wants to know when the stream ends may need the whole response for that.
+                owner = self if self._has_closers else stream
+                hand_over = partial(_hand_over, shutdown_in_use(), hub, stream, owner)
+                return hijack.HijackingBody(server, iter(app_iter), hand_over, self.close)
+        self._have_it_cut(environ)
+        return app_iter
+
+    def _have_it_cut(self, environ: WSGIEnvironment) -> None:
+        # A server that waits for a client who takes nothing cannot be told that it has to stop.
+        cut = hijack.cutter(environ)
+        if cut is not None:
+            super().call_on_close(shutdown_in_use().cut_late(cut))
 
     def _is_plain(self) -> bool:
         size = sum([len(name) + len(value) for name, value in self.headers])
@@ -153,23 +151,6 @@ class EventStreamResponse(Response):
 @lru_cache(maxsize=32)
 def _both(cls: Any, own: Any) -> Any:
     return type(cls.__name__, (cls, own), {})
-
-
-def merge(*sources: Iterable[Any]) -> Iterator[Any]:
-    """Yield the items of several iterables in the order in which they come.
-
-    Each source runs on a thread or greenlet of its own with a copy of the request's context. One
-    that is 16 items ahead of the client waits. What a source raises is raised here, and the others
-    are closed at their next item, as they are when the client leaves.
-
-    :param sources: the iterables; an endless one is fine.
-    """
-    producers = Producers(sources, carry_context)
-    try:
-        while (item := producers.get()) is not END:
-            yield item
-    finally:
-        producers.close()
 
 
 def cursor() -> str | None:
@@ -204,31 +185,13 @@ def json_dumps() -> Callable[[Any], str]:
     ).encode
 
 
-def carry_context(function: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a function to run on another thread as it would here.
-
-    It gets the context variables, a copy of the request's context, and what ``g`` has.
-    """
-    context = contextvars.copy_context()
-    if not has_request_context():
-        return partial(context.run, function)
-    values = {name: g.get(name) for name in g}
-
-    @copy_current_request_context
-    def run() -> None:
-        for name, value in values.items():
-            setattr(g, name, value)
-        function()
-
-    return partial(context.run, run)
-
-
 def _has_own_dumps(provider: DefaultJSONProvider) -> bool:
     is_overridden = provider.__class__.dumps is not DefaultJSONProvider.dumps
     return is_overridden or "dumps" in vars(provider)
 
 
 def _hand_over(
+    shutdown: Shutdown,
     hub: SocketHub,
     stream: SubscriptionBody,
     owner: SubscriptionBody | EventStreamResponse,
@@ -245,9 +208,10 @@ def _hand_over(
             subscription.position,
             hijacked.head + wire,
             hijacked.is_chunked,
-            stream.end,
+            stream.deadline,
         )
     )
+    shutdown.watch()
 
 
 def _max_event_bytes() -> int:
@@ -257,69 +221,3 @@ def _max_event_bytes() -> int:
 
 def _ignore(body: SubscriptionBody) -> None:
     pass
-
-
-def _close(stream: Iterable[Any]) -> None:
-    close = getattr(stream, "close", None)
-    if close is not None:
-        close()
-
-
-def _started(
-    stream: Iterable[Any], encoder: StreamFormat, heartbeat: float | None
-) -> Generator[bytes, None, None]:
-    if isinstance(stream, (str, bytes, Mapping)):
-        what = stream.__class__.__name__
-        raise TypeError(f"the stream is a {what}; give an iterable of items, such as a generator")
-    items = _encoded(stream, encoder)
-    if heartbeat is not None:
-        check_seconds("heartbeat", heartbeat)
-        return _with_heartbeats(items, encoder, heartbeat)
-    return cast("Generator[bytes, None, None]", stream_with_context(items))
-
-
-def _encoded(stream: Iterable[Any], encoder: StreamFormat) -> Generator[bytes, None, None]:
-    encode = encoder.encode
-    has_started = False
-    try:
-        for item in stream:
-            wire = encode(item)
-            has_started = True
-            yield wire
-        yield encoder.end()
-    except Exception as error:
-        if not has_started:
-            raise
-        yield encoder.error(report_failure(error))
-    finally:
-        _close(stream)
-
-
-def _with_heartbeats(
-    items: Iterator[bytes], encoder: StreamFormat, heartbeat: float
-) -> Generator[bytes, None, None]:
-    report = copy_current_request_context(report_failure)
-    producers = Producers([items], carry_context)
-    silence = Silence(heartbeat)
-    has_started = False
-    try:
-        while (wire := producers.get(silence.pause)) is not END:
-            yield silence.broken_by(HEARTBEAT if wire is NOTHING else wire)
-            has_started = True
-    except Exception as error:
-        # Only what fails before the first item gets here, and the head may have left by then.
-        if not has_started:
-            raise
-        yield encoder.error(report(error))
-    finally:
-        producers.close()
-
-
-def report_failure(error: BaseException) -> str:
-    """Log what a view raised in mid-stream, and return what its client may know of it."""
-    app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy's own method
-    app.log_exception(sys.exc_info())
-    got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=error)
-    if app.debug:
-        return "".join(traceback.format_exception(error))
-    return "The stream failed on the server."

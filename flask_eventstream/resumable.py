@@ -19,18 +19,13 @@ from .body import ShortBody
 from .config import check_seconds
 from .errors import BrokerUnavailableError, ConfigurationError
 from .format import stream_format
-from .opening import check_room, come_again, open_stream, opening
-from .response import (
-    HEADERS,
-    EventStreamResponse,
-    carry_context,
-    cursor,
-    json_dumps,
-    report_failure,
-)
-from .run import Run, last_words
+from .generator_stream import carry_context, report_failure
+from .opening import SERVER_STOPS, check_room, come_again, open_stream, opening
+from .response import HEADERS, EventStreamResponse, cursor, json_dumps
+from .run import Run
 from .run_log import has_end_of, new_key, number_in, rest_of
 from .run_registry import CANCELLED, LOST, Standing
+from .runs import last_words
 from .state import current_state
 
 if TYPE_CHECKING:
@@ -106,6 +101,10 @@ class Resumable:
         state = current_state()
         if request.method == "DELETE":
             return self._cancel(state, key)
+        if state.shutdown.has_begun:
+            if request.method == "GET":
+                return come_again(state.config, SERVER_STOPS)
+            raise ServiceUnavailable(SERVER_STOPS, retry_after=access.RETRY_AFTER)
         # The view may want it when the request has ended, and the hub takes no socket that has a
         # body left to read.
         request.get_data(parse_form_data=True)

@@ -12,30 +12,23 @@ many small tokens, and the first token waits for nothing. The rules:
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import concurrency
-from .errors import BrokerUnavailableError
 from .format import FAILED
 from .producer import close_source
-from .run_registry import CANCELLED, LOST, Write
+from .run_registry import ACTIVE, CANCELLED, LOST, Write
+from .shutdown import StreamStopped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from .format import StreamFormat
-    from .run_registry import RunRegistry, Standing
-
-JOIN_SECONDS = 0.025
-"""For how long tokens are joined. 40 writes a second look like a stream to the eye."""
 
 _ENTRY_BYTES = 16 * 1024
 _MOST_UNWRITTEN = 256 * 1024
-_RETRY_SECONDS = 0.5
-_logger = logging.getLogger(__name__)
 
 MESSAGES = {
     FAILED: "The stream failed on the server.",
@@ -121,6 +114,8 @@ class Run:
                 if self.is_over:
                     break
             end = self._ending("end")
+        except StreamStopped:
+            end = self._ending(LOST)
         except BaseException as error:  # noqa: BLE001  # its clients must hear of it, whatever it is
             end = self._failure(error)
         close_source(source)
@@ -178,6 +173,15 @@ class Run:
             self._add_write(wires)
         return self._writes
 
+    def take_last_writes(self) -> list[Write]:
+        """Take what was handed over, and with it the end: whoever produces is about to be lost."""
+        writes = self.take_writes()
+        if not writes or writes[-1].state == ACTIVE:
+            self._written += 1
+            event = self.encoder.last(LOST, MESSAGES[LOST]).with_id(f"{self.id}.{self._written}")
+            self._add_write([event.encode()], LOST)
+        return writes
+
     def _add_write(self, wires: list[bytes], *state: Any) -> None:
         self._writes.append(Write(self.key, self.id, self._written, b"".join(wires), *state))
 
@@ -194,128 +198,3 @@ class Run:
             self.started.set()
         if not self._room.is_set():
             self._room.set()
-
-
-class Runs:
-    """The runs that a process produces.
-
-    :param registry: which runs there are, here and elsewhere.
-    :param max_runs: how many may be active in this process.
-    :param max_runs_per_owner: and how many of one owner.
-    """
-
-    def __init__(self, registry: RunRegistry, max_runs: int, max_runs_per_owner: int) -> None:
-        self.registry = registry
-        self._max_runs = max_runs
-        self._max_runs_per_owner = max_runs_per_owner
-        self._reset()
-        concurrency.call_after_fork(self._reset)
-
-    def _reset(self) -> None:
-        # Once more in every forked child, where no producer runs.
-        self._active: dict[str, Run] = {}
-        self._due: deque[Run] = deque()
-        self._urgent: concurrency.Event | None = None
-        self._joiner = concurrency.Waker(self._join)
-
-    def find(self, key: str, lost: bytes) -> Standing | None:
-        """Return how the latest run of a key stands, after its end if its producer is lost.
-
-        :param key: the key.
-        :param lost: the event that says that it is lost, without its id.
-        """
-        standing = self.registry.find(key)
-        if standing is not None and standing.is_lost:
-            self.registry.end(key, standing.run, LOST, lost)
-            standing = self.registry.find(key)
-        return standing
-
-    def has_room(self, owner: str) -> bool:
-        """Tell whether one more run may begin.
-
-        A run that was cancelled counts as the process's for as long as its producer goes on.
-        """
-        own = [run for run in tuple(self._active.values()) if run.owner == owner]
-        is_full = bool(owner) and sum(not run.is_over for run in own) >= self._max_runs_per_owner
-        return not is_full and len(self._active) < self._max_runs
-
-    def begin(
-        self,
-        run: Run,
-        source: Iterable[Any],
-        carry: Callable[[Callable[[], None]], Callable[[], None]],
-    ) -> bool:
-        """Begin a run, unless another one of its key is active; tell whether it did.
-
-        :param run: the run.
-        :param source: what its producer yields.
-        :param carry: wraps what runs on a thread of its own, to give it the caller's contexts.
-        :raises BrokerUnavailableError: if the broker's server does not answer.
-        :raises RuntimeError: if no thread can be started.
-        """
-        if not self.registry.begin(run.key, run.id, run.stop, last_words(run.encoder, LOST)):
-            return False
-        self._active[run.id] = run
-        try:
-            self._joiner.start()
-            # Should it be about to end, for want of runs, this keeps it.
-            self._joiner.ring()
-            concurrency.spawn(carry(lambda: self._produce(run, source)))
-        except RuntimeError:
-            del self._active[run.id]
-            self.registry.end(run.key, run.id, FAILED, last_words(run.encoder, FAILED))
-            raise
-        return True
-
-    def _produce(self, run: Run, source: Iterable[Any]) -> None:
-        try:
-            run.produce(source, self._hand_over)
-        finally:
-            del self._active[run.id]
-            self._joiner.ring()
-
-    def _hand_over(self, run: Run) -> None:
-        if run.is_due:
-            return
-        run.is_due = True
-        self._due.append(run)
-        self._joiner.ring()
-        if self._urgent is not None and not run.started.is_set():
-            self._urgent.set()
-
-    def _join(self) -> bool:
-        # One that is here twice was put back, and has handed over more since.
-        due = list(dict.fromkeys([self._due.popleft() for _ in range(len(self._due))]))
-        pause = self._urgent = concurrency.new_event()
-        seconds = JOIN_SECONDS
-        try:
-            self._write(due)
-        except BrokerUnavailableError as error:
-            _logger.warning("The tokens of %d runs wait for their broker: %s", len(due), error)
-            self._due.extendleft(reversed(due))
-            seconds = _RETRY_SECONDS
-        except Exception:
-            _logger.exception("What %d runs produced could not be written; they are over", len(due))
-            for run in due:
-                run.done(goes_on=False)
-        if due:
-            pause.wait(seconds)
-        if self._due:
-            self._joiner.ring()
-        return bool(self._active)
-
-    def _write(self, due: Sequence[Run]) -> None:
-        for run in due:
-            # From now on it has to ask again, for what it adds after this.
-            run.is_due = False
-        writes = [write for run in due for write in run.take_writes()]
-        goes_on = dict.fromkeys([run.id for run in due], True)
-        for write, is_active in zip(writes, self.registry.write(writes), strict=True):
-            goes_on[write.run] = is_active
-        for run in due:
-            run.done(goes_on[run.id])
-
-
-def last_words(encoder: StreamFormat, state: str) -> bytes:
-    """Return the event that ends a run from outside, without its id."""
-    return encoder.last(state, MESSAGES[state]).encode()

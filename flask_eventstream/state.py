@@ -2,49 +2,91 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, current_app
 
-from . import access
+from . import access, endings
 from .brokers import new_broker
 from .config import Config
 from .errors import NotRegisteredError
 from .event import HEARTBEAT
+from .figures import Figures
 from .hub import SocketHub
-from .run import Runs
+from .runs import Runs
+from .shutdown import Shutdown, farewell
 from .signals import subscriber_disconnected
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .body import SubscriptionBody
     from .local_broker import LocalBroker
+
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
 class State:
     """What one app has: it is ``app.extensions["eventstream"]``.
 
+    :param app: the app.
     :param config: its configuration.
     :param broker: where its events go through.
     :param max_subscribers: how many subscribers its process may have.
     :param hub: what sends to their sockets, if they may be taken.
-    :param on_close: called with the body of a subscriber who has left.
     :param runs: the runs that its process produces.
+    :param shutdown: what ends all of that.
+    :param figures: what is counted of it.
     :param has_warned: whether it was said that the broker is for one process only.
     :param blueprints: those that are registered with it.
     """
 
+    app: Any
     config: Config
     broker: LocalBroker
     max_subscribers: int | None
     hub: SocketHub | None
-    on_close: Callable[[SubscriptionBody], None]
     runs: Runs
+    shutdown: Shutdown
+    figures: Figures = field(default_factory=Figures)
     has_warned: bool = False
     blueprints: list[Any] = field(default_factory=list)
+
+    def connected(self, start: bytes) -> int:
+        """Count a subscriber, by what his stream starts with, and return his number."""
+        return self.figures.connected(start)
+
+    def delivered(self, wire: bytes) -> None:
+        """Count events that a server has taken for one subscriber."""
+        self.figures.delivered(wire)
+
+    def closed(self, body: SubscriptionBody) -> None:
+        """Count a subscriber who is off the books, and tell of him."""
+        self.figures.ended(body.reason)
+        channels, connection = body.subscription.channels, connection_id(body)
+        if body.reason in endings.ABNORMAL:
+            evidence = {
+                "connection": connection,
+                "reason": body.reason,
+                "channels": channels,
+                "seconds": round(time.monotonic() - body.begun, 3),
+            }
+            text = "A stream has ended: reason=%(reason)s connection=%(connection)s "
+            text += "seconds=%(seconds)s channels=%(channels)s"
+            _logger.warning(text, evidence, extra={"eventstream": evidence})
+        subscriber_disconnected.send(
+            self.app, channels=channels, reason=body.reason, connection=connection
+        )
+
+
+def connection_id(body: SubscriptionBody) -> str:
+    """Return what tells a subscriber's stream from all others, in logs and signals."""
+    return f"{os.getpid()}-{body.number}"
 
 
 def new_state(app: Any) -> State:
@@ -55,17 +97,16 @@ def new_state(app: Any) -> State:
     """
     config = Config.read(app.config)
     broker = new_broker(config)
-    hub = None
-    if config.hijack:
-        hub = SocketHub(broker.watch, config.heartbeat, HEARTBEAT, config.max_lag)
-    room = config.max_subscribers or access.default_max_subscribers()
-
-    def on_close(body: SubscriptionBody) -> None:
-        subscriber_disconnected.send(app, channels=body.subscription.channels)
-
     registry = broker.registry(config.run_seconds, config.run_lease, config.max_runs)
     runs = Runs(registry, config.max_runs, config.max_runs_per_owner)
-    return State(config, broker, room, hub, on_close, runs)
+    hub = None
+    if config.hijack:
+        goodbye = partial(farewell, config.retry)
+        hub = SocketHub(broker.watch, config.heartbeat, HEARTBEAT, config.max_lag, goodbye)
+    room = config.max_subscribers or access.default_max_subscribers()
+    # The last one here is the first one that hears of the interpreter's end.
+    shutdown = Shutdown(config.retry, runs, *filter(None, [hub]))
+    return State(app, config, broker, room, hub, runs, shutdown)
 
 
 def app_in_use() -> Flask:

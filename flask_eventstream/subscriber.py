@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+_LAST_CHUNK = b"0\r\n\r\n"
+
 
 class Source(Protocol):
     """What the subscribers of a group read.
@@ -26,8 +28,8 @@ class Source(Protocol):
 class Owner(Protocol):
     """What a subscriber belongs to."""
 
-    def close(self) -> None:
-        """Called once the client is gone, on another thread or greenlet than the hub's."""
+    def end(self, reason: str) -> None:
+        """Called once the stream is over, on another thread or greenlet than the hub's."""
 
 
 class Group:
@@ -98,6 +100,59 @@ class Subscriber:
         self.deadline = deadline
 
 
+class Members:
+    """The subscribers of a hub, and the groups that they are in.
+
+    :ivar all: all of them, by their descriptors.
+    :ivar lagging: those who have not everything yet that their group has.
+    :ivar groups: the groups whose sources go on.
+    """
+
+    def __init__(self) -> None:
+        self.all: dict[int, Subscriber] = {}
+        self.lagging: dict[int, Subscriber] = {}
+        self.groups: dict[Source, Group] = {}
+
+    def join(self, subscriber: Subscriber, now: float) -> Group:
+        """Take in a subscriber, who is lagging at first, and return the group of his source."""
+        group = self.groups.setdefault(subscriber.group.source, subscriber.group)
+        if not group.size:
+            group.sent = now
+        group.size += 1
+        subscriber.group = group
+        subscriber.moved = now
+        self.all[subscriber.descriptor] = self.lagging[subscriber.descriptor] = subscriber
+        return group
+
+    def fall_behind(self, subscriber: Subscriber, now: float) -> None:
+        """Take note that a subscriber, who is not in his group's ``live`` any more, lags."""
+        subscriber.position = subscriber.group.position
+        subscriber.moved = now
+        self.lagging[subscriber.descriptor] = subscriber
+
+    def catch_up(self, subscriber: Subscriber) -> None:
+        """Take note that a subscriber has all that his group has."""
+        del self.lagging[subscriber.descriptor]
+        subscriber.group.live[subscriber.is_chunked][subscriber.descriptor] = subscriber
+
+    def leave(self, subscriber: Subscriber) -> None:
+        """Let a subscriber go."""
+        descriptor, group = subscriber.descriptor, subscriber.group
+        del self.all[descriptor]
+        self.lagging.pop(descriptor, None)
+        group.live[subscriber.is_chunked].pop(descriptor, None)
+        group.size -= 1
+        if not group.size and not group.is_over:
+            del self.groups[group.source]
+
+
 def framed(wire: bytes, is_chunked: bool) -> bytes:
     """Return bytes, not empty, as they go over the wire."""
     return b"%x\r\n%b\r\n" % (len(wire), wire) if is_chunked else wire
+
+
+def ending(farewell: bytes, is_chunked: bool) -> bytes:
+    """Return the last bytes of a stream as they go over the wire, with what ends its body."""
+    return (framed(farewell, is_chunked) if farewell else b"") + (
+        _LAST_CHUNK if is_chunked else b""
+    )

@@ -63,6 +63,22 @@ def count(number: int) -> Iterator[ServerSentEvent]:
         yield ServerSentEvent({"n": n}, retry=request.args.get("retry", type=int))
 
 
+@eventstream.stream("/blocked")
+def blocked() -> Iterator[int]:
+    """Wait for something that does not come, in the thread or greenlet of the server."""
+    yield 0
+    try:
+        time.sleep(3600)
+    finally:
+        print("blocked was closed", file=sys.stderr, flush=True)
+
+
+@eventstream.stream("/large")
+def large() -> Iterator[str]:
+    while True:
+        yield "x" * 100_000
+
+
 GATES: dict[str, threading.Event] = defaultdict(threading.Event)
 """What generators wait for in the middle, until the test lets them go on."""
 

@@ -16,6 +16,7 @@ WITH_FLASK = {
     "access",
     "blueprint",
     "cli",
+    "generator_stream",
     "opening",
     "response",
     "resumable",

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import re
 import threading
 import time
 from typing import Any
 
 import pytest
 
-from flask_eventstream import MemoryBroker
+from flask_eventstream import MemoryBroker, endings
 from flask_eventstream.body import Silence, SubscriptionBody, jittered
 from flask_eventstream.event import HEARTBEAT
+from flask_eventstream.shutdown import Shutdown
+
+from .servers import wait_for
 
 
 @pytest.fixture
@@ -16,9 +20,34 @@ def broker() -> MemoryBroker:
     return MemoryBroker()
 
 
-def body(broker: MemoryBroker, start: bytes = b"", **options: Any) -> SubscriptionBody:
-    settings: dict[str, Any] = {"heartbeat": 15, "max_lifetime": None, "on_close": print} | options
-    return SubscriptionBody(broker.subscribe(), start, **settings)
+class Keeper:
+    """Who is told of bodies."""
+
+    def __init__(self) -> None:
+        self.shutdown = Shutdown()
+        self.sent: list[bytes] = []
+        self.reasons: list[str] = []
+
+    def connected(self, start: bytes) -> int:
+        return 7
+
+    def delivered(self, wire: bytes) -> None:
+        self.sent.append(wire)
+
+    def closed(self, body: SubscriptionBody) -> None:
+        self.reasons.append(body.reason)
+
+
+@pytest.fixture
+def keeper() -> Keeper:
+    return Keeper()
+
+
+def body(
+    broker: MemoryBroker, start: bytes = b"", keeper: Keeper | None = None, **options: Any
+) -> SubscriptionBody:
+    settings: dict[str, Any] = {"heartbeat": 15, "max_lifetime": None} | options
+    return SubscriptionBody(broker.subscribe(), start, keeper=keeper or Keeper(), **settings)
 
 
 def test_the_first_bytes_come_at_once_and_pending_events_together(broker: MemoryBroker) -> None:
@@ -47,31 +76,61 @@ def test_heartbeats_come_in_pairs_of_which_the_second_ends_the_interval() -> Non
     assert Silence(0.5).pause == 0.25
 
 
-def test_a_body_ends_when_its_subscription_does(broker: MemoryBroker) -> None:
-    closed: list[SubscriptionBody] = []
-    stream = body(broker, on_close=closed.append)
+def test_a_body_ends_when_its_subscription_does(broker: MemoryBroker, keeper: Keeper) -> None:
+    stream = body(broker, keeper=keeper)
     broker.publish("last")
     broker.disconnect("sse")
     assert b"data: last" in b"".join(stream)
-    assert closed == [stream]
+    assert keeper.reasons == [endings.ENDED]
+    assert keeper.sent == [wire for wire in keeper.sent if b"data: last" in wire]
 
 
-def test_a_body_ends_after_its_lifetime(broker: MemoryBroker) -> None:
+def test_a_body_that_falls_behind_what_is_kept_ends_as_one_that_lags(keeper: Keeper) -> None:
+    broker = MemoryBroker(history=1, max_event_bytes=20_000)
+    stream = body(broker, keeper=keeper)
+    for _ in range(50):
+        broker.publish("x" * 10_000)
+    assert list(stream) == []
+    assert keeper.reasons == [endings.LAGGED]
+
+
+def test_a_body_ends_after_its_lifetime_and_says_when_to_return(
+    broker: MemoryBroker, keeper: Keeper
+) -> None:
     start = time.monotonic()
-    assert set(body(broker, max_lifetime=0.05)) <= {HEARTBEAT}
+    *beats, last = body(broker, keeper=keeper, max_lifetime=0.05)
+    assert set(beats) <= {HEARTBEAT}
+    assert re.fullmatch(rb"retry: \d{4}\n", last)
     assert 0.04 <= time.monotonic() - start < 5
     assert broker.subscriber_count() == 0
+    assert keeper.reasons == [endings.EXPIRED]
 
 
-def test_a_body_that_many_threads_close_tells_it_once(broker: MemoryBroker) -> None:
-    closed: list[SubscriptionBody] = []
-    stream = body(broker, on_close=closed.append)
+def test_a_body_that_waits_ends_with_what_is_pending_when_the_server_stops(
+    broker: MemoryBroker, keeper: Keeper
+) -> None:
+    received: list[bytes] = []
+    stream = body(broker, keeper=keeper)
+    reader = threading.Thread(target=lambda: received.extend(stream))
+    reader.start()
+    wait_for(lambda: keeper.shutdown._streams)
+    keeper.shutdown.begin()
+    reader.join()
+    assert re.fullmatch(rb"retry: \d{4}\n", b"".join(received))
+    assert keeper.reasons == [endings.STOPPED]
+    late = body(broker, keeper=keeper)
+    broker.publish("pending")
+    assert re.fullmatch(rb"data: pending\nid: \S+\n\nretry: \d{4}\n", b"".join(late))
+
+
+def test_a_body_that_many_threads_close_tells_it_once(broker: MemoryBroker, keeper: Keeper) -> None:
+    stream = body(broker, keeper=keeper)
     threads = [threading.Thread(target=stream.close) for _ in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert closed == [stream]
+    assert keeper.reasons == [endings.LEFT]
 
 
 def test_jitter_stays_within_a_fifth() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flask_eventstream import EventStreamParser, MemoryBroker, Subscription
+from flask_eventstream import EventStreamParser, MemoryBroker, Subscription, endings
 from flask_eventstream.descriptors import IS_GONE
 from flask_eventstream.hub import FRAME_BYTES, SocketHub
 from flask_eventstream.subscriber import Subscriber
@@ -29,15 +29,21 @@ if TYPE_CHECKING:
 BEAT = b":\n"
 
 
+def farewell(streams: int) -> bytes:
+    return b"retry: %d\n" % streams
+
+
 class Owner:
     """What a subscriber belongs to; as a response, it ends the subscription."""
 
     def __init__(self, subscription: Any) -> None:
         self.subscription = subscription
         self.closed = 0
+        self.reason = ""
 
-    def close(self) -> None:
+    def end(self, reason: str) -> None:
         self.closed += 1
+        self.reason = reason
         self.subscription.close()
 
 
@@ -46,7 +52,7 @@ class Crowd:
 
     def __init__(self, heartbeat: float = 60, max_lag: float = 30, **options: Any) -> None:
         self.broker = MemoryBroker(**options)
-        self.hub = SocketHub(self.broker.watch, heartbeat, BEAT, max_lag)
+        self.hub = SocketHub(self.broker.watch, heartbeat, BEAT, max_lag, farewell)
         self.clients: list[socket.socket] = []
         self.owners: list[Owner] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -223,15 +229,17 @@ def test_one_that_reads_nothing_holds_up_nobody_and_catches_up_later(crowd: Crow
     for n in range(300):
         crowd.broker.publish(f"{n:10000}")
         read_until(good, f"{n}\n\n".encode())
-    wait_for(lambda: crowd.hub._lagging)
+    wait_for(lambda: crowd.hub.lagging)
     # It has a part of one frame, and the rest is where it is for all.
-    assert all(len(one.pending) <= FRAME_BYTES + 10100 for one in crowd.hub._lagging.values())
+    assert all(
+        len(one.pending) <= FRAME_BYTES + 10100 for one in crowd.hub._members.lagging.values()
+    )
     crowd.broker.publish("last")
     assert [one.strip() for one in data(read_until(slow, b"last\n\n"))] == [
         *map(str, range(300)),
         "last",
     ]
-    wait_for(lambda: not crowd.hub._lagging)
+    wait_for(lambda: not crowd.hub.lagging)
 
 
 def test_one_that_falls_out_of_history_is_cut_off(make: Callable[..., Crowd]) -> None:
@@ -322,7 +330,7 @@ def test_a_client_that_resets_the_connection_is_gone_at_once(crowd: Crowd) -> No
 def test_a_lagging_client_that_closes_is_gone_too(crowd: Crowd) -> None:
     client = crowd.join(receive_buffer=4096)
     crowd.broker.publish("x" * 1_000_000)
-    wait_for(lambda: crowd.hub._lagging)
+    wait_for(lambda: crowd.hub.lagging)
     client.close()
     wait_for(lambda: crowd.owners[0].closed)
 
@@ -344,8 +352,8 @@ def test_a_stream_ends_at_its_deadline(make: Callable[..., Crowd]) -> None:
     crowd = make(heartbeat=1)
     client, other = crowd.join(lifetime=0.2, is_chunked=True), crowd.join()
     crowd.broker.publish("x")
-    assert re.search(rb"data: x\nid: \S+\n\n\r\n0\r\n\r\n\Z", read_all(client))
-    wait_for(lambda: crowd.owners[0].closed)
+    assert re.search(rb"data: x\nid: \S+\n\n\r\n9\r\nretry: 1\n\r\n0\r\n\r\n\Z", read_all(client))
+    wait_for(lambda: crowd.owners[0].reason == endings.EXPIRED)
     # There may be a heartbeat behind it by now.
     assert b"data: x\n" in other.recv(1 << 16)
 
@@ -363,7 +371,7 @@ def test_a_lagging_stream_ends_at_its_deadline_without_a_last_chunk(
 def test_a_lagging_subscriber_gets_everything_before_its_channel_ends(crowd: Crowd) -> None:
     client = crowd.join(is_chunked=True, receive_buffer=4096)
     crowd.broker.publish("x" * 1_000_000)
-    wait_for(lambda: crowd.hub._lagging)
+    wait_for(lambda: crowd.hub.lagging)
     for _ in range(10):
         crowd.broker.publish("y" * 10_000)
     crowd.broker.disconnect("sse")
@@ -374,19 +382,22 @@ def test_a_lagging_subscriber_gets_everything_before_its_channel_ends(crowd: Cro
     assert b"secret" not in received
 
 
-def test_stopping_ends_all_streams_cleanly_and_the_next_starts_it_again(crowd: Crowd) -> None:
+def test_stopping_ends_all_streams_after_what_is_pending_and_those_to_come(crowd: Crowd) -> None:
     clients = [crowd.join(is_chunked=True) for _ in range(10)]
-    wait_for(lambda: len(crowd.hub._subscribers) == 10)
-    crowd.hub.stop()
-    assert [read_all(client) for client in clients] == [b"0\r\n\r\n"] * 10
-    wait_for(lambda: crowd.broker.subscriber_count() == 0)
-    client = crowd.join()
+    plain = crowd.join()
+    wait_for(lambda: len(crowd.hub._members.all) == 11)
     crowd.broker.publish("x")
-    assert read_until(client, b"x\n\n")
+    crowd.hub.stop()
+    ends = [read_all(client).partition(b"\n\n\r\n")[2] for client in clients]
+    assert ends == [b"a\r\nretry: 11\n\r\n0\r\n\r\n"] * 10
+    assert read_all(plain).endswith(b"\n\nretry: 11\n")
+    wait_for(lambda: crowd.broker.subscriber_count() == 0)
+    assert {owner.reason for owner in crowd.owners} == {endings.STOPPED}
+    assert read_all(crowd.join()) == b"retry: 1\n"
 
 
 def test_stopping_what_does_not_run_is_nothing() -> None:
-    SocketHub(MemoryBroker().watch, 1, BEAT, 1).stop()
+    SocketHub(MemoryBroker().watch, 1, BEAT, 1, farewell).stop()
 
 
 def test_it_runs_only_while_it_has_subscribers(crowd: Crowd) -> None:
@@ -426,7 +437,7 @@ def test_a_source_that_fails_ends_the_streams_and_is_logged(
     crowd: Crowd, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = crowd.join(is_chunked=True)
-    wait_for(lambda: crowd.hub._subscribers)
+    wait_for(lambda: crowd.hub._members.all)
 
     def fail(*args: Any) -> None:
         raise RuntimeError("broken")
@@ -434,8 +445,8 @@ def test_a_source_that_fails_ends_the_streams_and_is_logged(
     with caplog.at_level(logging.ERROR), monkeypatch.context() as patch:
         patch.setattr(MemoryBroker, "read", fail)
         crowd.broker.publish("x")
-        assert read_all(client) == b"0\r\n\r\n"
-        wait_for(lambda: crowd.owners[0].closed)
+        assert read_all(client) == b"9\r\nretry: 1\n\r\n0\r\n\r\n"
+        wait_for(lambda: crowd.owners[0].reason == endings.FAILED)
     assert "The socket hub failed" in caplog.text
     client = crowd.join()
     crowd.broker.publish("y")
@@ -444,12 +455,12 @@ def test_a_source_that_fails_ends_the_streams_and_is_logged(
 
 def test_a_forked_child_has_nothing_of_it_and_starts_anew(crowd: Crowd) -> None:
     client = crowd.join()
-    wait_for(lambda: crowd.hub._subscribers)
-    [descriptor] = crowd.hub._subscribers
+    wait_for(lambda: crowd.hub._members.all)
+    [descriptor] = crowd.hub._members.all
     child = os.fork()
     if child == 0:
         open_still = os.path.exists(f"/proc/self/fd/{descriptor}")
-        os._exit(open_still or bool(crowd.hub._subscribers) or crowd.hub._is_running)
+        os._exit(open_still or bool(crowd.hub._members.all) or crowd.hub._is_running)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     crowd.broker.publish("x")
     assert read_until(client, b"x\n\n")
@@ -466,7 +477,7 @@ def test_a_subscriber_that_cannot_be_served_stays_its_callers(
         with pytest.raises(RuntimeError, match="can't start"):
             crowd.join()
     assert not crowd.hub._arrived
-    assert not crowd.hub._subscribers
+    assert not crowd.hub._members.all
     client = crowd.join()
     crowd.broker.publish("x")
     assert read_until(client, b"x\n\n")
@@ -542,8 +553,8 @@ class Still:
 
     def __init__(self, source: Script) -> None:
         self.source = source
-        self.closed = 0
-        self.hub = SocketHub(lambda ring: lambda: [source], 60, BEAT, 30)
+        self.reasons: list[str] = []
+        self.hub = SocketHub(lambda ring: lambda: [source], 60, BEAT, 30, farewell)
         self.hub._watcher.open()
         self.clients: list[socket.socket] = []
 
@@ -554,11 +565,11 @@ class Still:
         self.hub._take_in(taken)
         return taken
 
-    def close(self) -> None:
-        self.closed += 1
+    def end(self, reason: str) -> None:
+        self.reasons.append(reason)
 
-    def end(self) -> None:
-        self.hub._finish_all()
+    def finish(self) -> None:
+        self.hub._finish_all(endings.FAILED)
         self.hub._watcher.close_removed()
         for client in self.clients:
             client.close()
@@ -568,7 +579,7 @@ class Still:
 def still() -> Iterator[Still]:
     still = Still(Script())
     yield still
-    still.end()
+    still.finish()
 
 
 def test_a_gap_without_events_is_no_chunk(still: Still) -> None:
@@ -578,7 +589,7 @@ def test_a_gap_without_events_is_no_chunk(still: Still) -> None:
     late = still.take_in(7)
     assert still.source.asked == [(9, None), (7, 9)]
     assert late.group is group
-    assert set(group.live[True].values()) == set(still.hub._subscribers.values())
+    assert set(group.live[True].values()) == set(still.hub._members.all.values())
 
 
 def test_a_group_that_is_behind_its_newcomer_catches_up_first(still: Still) -> None:
@@ -601,7 +612,7 @@ def test_one_that_is_found_gone_while_sending_is_forgotten(still: Still) -> None
     still.clients[0].close()
     still.source.answers = [(b"x", 1)]
     still.hub._send_news(gone.group)
-    assert list(still.hub._subscribers.values()) == [other]
+    assert list(still.hub._members.all.values()) == [other]
     assert gone.group.size == 1
 
 
@@ -610,7 +621,7 @@ def test_a_descriptor_is_not_free_before_the_events_of_its_turn_were_looked_at(
 ) -> None:
     # The next connection would get it, and with it an event that was not meant for it.
     gone = still.take_in(0)
-    still.hub._forget(gone)
+    still.hub._forget(gone, endings.LEFT)
     assert os.path.exists(f"/proc/self/fd/{gone.descriptor}")
     still.hub._watcher.close_removed()
     assert not os.path.exists(f"/proc/self/fd/{gone.descriptor}")
@@ -620,8 +631,8 @@ def test_the_last_of_a_group_takes_it_with_him(still: Still) -> None:
     still.take_in(0)
     still.clients[0].close()
     still.source.answers = [(b"x", 1)]
-    still.hub._send_news(still.hub._groups[still.source])
-    assert still.hub._groups == {}
+    still.hub._send_news(still.hub._members.groups[still.source])
+    assert still.hub._members.groups == {}
 
 
 def test_one_that_lags_gets_no_heartbeat(still: Still) -> None:
@@ -629,17 +640,17 @@ def test_one_that_lags_gets_no_heartbeat(still: Still) -> None:
     still.source.answers = [(b"x" * 10_000_000, 1), (b"", 1)]
     still.hub._send_news(lagging.group)
     still.hub._now = 20
-    for _ in range(still.hub._slots):
+    for _ in range(still.hub._heartbeats._slots):
         still.hub._tick()
     assert BEAT not in lagging.pending
-    assert lagging.descriptor in still.hub._lagging
+    assert lagging.descriptor in still.hub._members.lagging
 
 
 def test_an_event_of_one_that_went_in_this_turn_is_ignored(still: Still) -> None:
     descriptor = still.take_in(0).descriptor
-    still.end()
+    still.finish()
     still.hub._on_event(descriptor, IS_GONE)
-    wait_for(lambda: still.closed == 1)
+    wait_for(lambda: still.reasons == [endings.FAILED])
 
 
 def test_an_event_goes_to_many_groups_in_the_same_frame(still: Still) -> None:

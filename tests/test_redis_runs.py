@@ -10,8 +10,8 @@ from flask_eventstream.event import with_id
 from flask_eventstream.local_broker import LOG_PREFIX
 from flask_eventstream.redis_broker import RedisBroker
 from flask_eventstream.redis_runs import RedisRegistry
-from flask_eventstream.run import Runs
 from flask_eventstream.run_registry import CANCELLED, LOST, Standing, Write
+from flask_eventstream.runs import Runs
 
 from .servers import wait_for
 

@@ -276,8 +276,8 @@ def test_signals_are_sent_once_for_each_connect_and_leave(make: Callable[..., Si
     def connected(sender: Any, **more: Any) -> None:
         seen.append("connected")
 
-    def disconnected(sender: Any, channels: tuple[str, ...]) -> None:
-        seen.append(f"disconnected {channels}")
+    def disconnected(sender: Any, channels: tuple[str, ...], **more: Any) -> None:
+        seen.append(f"disconnected {channels} {more['reason']}")
 
     with (
         subscriber_connected.connected_to(connected, site.app),
@@ -288,7 +288,7 @@ def test_signals_are_sent_once_for_each_connect_and_leave(make: Callable[..., Si
         assert seen == ["connected"]
         client.close()
         wait_for(lambda: len(seen) > 1)
-    assert seen == ["connected", "disconnected ('sse',)"]
+    assert seen == ["connected", "disconnected ('sse',) left"]
 
 
 def test_who_wants_to_know_when_the_response_ends_is_told_at_the_streams_end(site: Site) -> None:

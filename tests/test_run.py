@@ -9,8 +9,9 @@ from flask_eventstream import EventStreamParser, MemoryBroker, ServerSentEvent, 
 from flask_eventstream.errors import BrokerUnavailableError
 from flask_eventstream.event import to_json
 from flask_eventstream.format import stream_format
-from flask_eventstream.run import Run, Runs
+from flask_eventstream.run import Run
 from flask_eventstream.run_registry import CANCELLED, MemoryRegistry, Write
+from flask_eventstream.runs import Runs
 
 from .servers import DEADLINE, wait_for
 

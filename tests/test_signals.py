@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from flask_eventstream.signals import (
@@ -29,10 +30,11 @@ def test_what_happens_is_told(app: Flask, client: FlaskClient, eventstream: Even
         with app.app_context():
             id = eventstream.publish("x", channel=["sse", "audit"])
         assert stream.next().type == "reset"
+    of_stream = {"channels": ("sse",), "connection": f"{os.getpid()}-1"}
     assert told == [
-        ("eventstream-subscriber-connected", app, {"channels": ("sse",), "last_event_id": "7"}),
+        ("eventstream-subscriber-connected", app, {**of_stream, "last_event_id": "7"}),
         ("eventstream-event-published", app, {"channels": ("sse", "audit"), "id": id}),
-        ("eventstream-subscriber-disconnected", app, {"channels": ("sse",)}),
+        ("eventstream-subscriber-disconnected", app, {**of_stream, "reason": "left"}),
     ]
 
 
@@ -49,7 +51,7 @@ def test_a_subscriber_is_off_the_books_when_its_leaving_is_told(
 ) -> None:
     left: list[int] = []
 
-    def count(sender: Flask, channels: tuple[str, ...]) -> None:
+    def count(sender: Flask, **extra: Any) -> None:
         with app.app_context():
             left.append(eventstream.subscriber_count())
 

@@ -618,13 +618,13 @@ class Stranger:
         server, self.client = socket.socketpair()
         hub.add(Subscriber(server.detach(), self, source, position, b"", False, math.inf))
 
-    def close(self) -> None:
+    def end(self, reason: str) -> None:
         """Do nothing about it."""
 
 
 def test_what_a_socket_had_to_tell_does_not_hit_the_next_one_with_its_number() -> None:
     source = Passage()
-    hub = SocketHub(lambda ring: source.news, LONG, b":\n", LONG)
+    hub = SocketHub(lambda ring: source.news, LONG, b":\n", LONG, lambda streams: b"")
     with ExitStack() as clients:
         clients.callback(hub.stop)
         came: list[socket.socket] = []

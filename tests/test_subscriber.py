@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import pytest
 
 from flask_eventstream import MemoryBroker
-from flask_eventstream.subscriber import Subscriber, framed
+from flask_eventstream.subscriber import ending, framed
 
 if TYPE_CHECKING:
-    from flask_eventstream.subscriber import Owner, Source
+    from flask_eventstream.subscriber import Source
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 255, 65536])
@@ -24,10 +23,21 @@ def test_without_chunks_the_bytes_stay_what_they_are() -> None:
     assert framed(wire, is_chunked=False) is wire
 
 
-def test_a_subscription_is_an_owner_and_its_channels_are_a_source() -> None:
-    subscription = MemoryBroker().subscribe()
-    owner: Owner = subscription
-    source: Source = subscription.channel_set
-    subscriber = Subscriber(7, owner, source, 0, b"", False, math.inf)
-    assert subscriber.group.source is source
-    assert subscriber.group.size == 0
+@pytest.mark.parametrize(
+    ("farewell", "is_chunked", "end"),
+    [
+        (b"", False, b""),
+        (b"", True, b"0\r\n\r\n"),
+        (b"retry: 1\n", False, b"retry: 1\n"),
+        (b"retry: 1\n", True, b"9\r\nretry: 1\n\r\n0\r\n\r\n"),
+    ],
+)
+def test_a_stream_ends_with_its_farewell_and_the_last_chunk(
+    farewell: bytes, is_chunked: bool, end: bytes
+) -> None:
+    assert ending(farewell, is_chunked) == end
+
+
+def test_the_channels_of_a_subscription_are_a_source() -> None:
+    source: Source = MemoryBroker().subscribe().channel_set
+    assert source.read(0) == (b"", 0)

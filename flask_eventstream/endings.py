@@ -1,0 +1,30 @@
+"""Why subscribers' streams end: the words that logs, signals and metrics have for it."""
+
+from __future__ import annotations
+
+LEFT = "left"
+"""The client has closed the connection, or it broke."""
+
+VANISHED = "vanished"
+"""The client's machine has not answered for ``EVENTSTREAM_MAX_LAG`` seconds."""
+
+LAGGED = "lagged"
+"""The client has taken less than what came, for too long."""
+
+EXPIRED = "expired"
+"""It was opened for this long: the right to read has ended, or ``EVENTSTREAM_MAX_LIFETIME``."""
+
+ENDED = "ended"
+"""There is nothing more to come: ``disconnect``, or the end of a run."""
+
+STOPPED = "stopped"
+"""The server stops."""
+
+FAILED = "failed"
+"""The hub had an error, which is in the log."""
+
+ABNORMAL = (VANISHED, LAGGED, FAILED)
+"""What operators want to hear of, each time."""
+
+REASONS = (LEFT, VANISHED, LAGGED, EXPIRED, ENDED, STOPPED, FAILED)
+"""Why a subscriber's stream has ended."""
