@@ -192,13 +192,17 @@ def from_broker(broker: Broker, channels: tuple[str, ...]) -> Read:
 
 
 def follow(
-    read: Read, last_event_id: str, say: Callable[[str], object]
+    read: Read,
+    last_event_id: str,
+    say: Callable[[str], object],
+    sleep: Callable[[float], object] = time.sleep,
 ) -> Generator[tuple[bytes, list[ServerSentEvent]], None, None]:
     """Read a stream, connecting again as the standard says, until the server answers 204.
 
     :param read: :func:`from_url` or :func:`from_broker`.
     :param last_event_id: the cursor to begin with, or ``""``.
     :param say: is told, in words, why there is a pause.
+    :param sleep: waits for some seconds.
     :returns: the bytes as they come, each with the events that they complete.
     :raises StreamError: if it is no stream.
     """
@@ -220,7 +224,7 @@ def follow(
             retry = parser.reconnection_time / 1000
         pause = pause_before(retry, failures)
         say(f"{reason.rstrip('.')}. Connecting again in {pause:g} s.")
-        time.sleep(pause)
+        sleep(pause)
 
 
 def pause_before(retry: float, failures: int) -> float:

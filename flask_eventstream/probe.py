@@ -106,11 +106,12 @@ def _why_nothing_came(url: str, headers: Mapping[str, str]) -> Finding:
     what = f"nothing of the stream came within {AT_ONCE:g} s"
     try:
         with opened(url, {"Accept": "text/event-stream", **headers}, AT_ONCE) as answer:
-            if answer.chunk(AT_ONCE):
-                return Finding("fail", f"{what}, unless no compression was asked for", _COMPRESSES)
+            comes_plain = bool(answer.chunk(AT_ONCE))
     except (StreamError, *LOST):
         # As before: it is not the compression.
-        pass
+        comes_plain = False
+    if comes_plain:
+        return Finding("fail", f"{what}, unless no compression was asked for", _COMPRESSES)
     return Finding("fail", what, _HOLDS_BACK)
 
 
