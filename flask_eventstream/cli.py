@@ -184,7 +184,7 @@ def token(
     options: dict[str, Any] = {} if max_age is None else {"max_age": max_age}
     for claim in claims:
         key, equals, value = claim.partition("=")
-        if not (key.isidentifier() and equals) or key in ("max_age", "user"):
+        if not (key.isidentifier() and equals) or key in ("self", "max_age", "user"):
             raise click.BadParameter(f"--claim {claim!r} is not of the form key=value")
         options[key] = value
     click.echo(current_state().blueprints[0].token(*channels, user=user, **options))

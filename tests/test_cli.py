@@ -251,7 +251,7 @@ def test_a_token_is_what_the_first_blueprint_signs(
     assert plain == ["eventstream", ["news"], {"user": None}]
 
 
-@pytest.mark.parametrize("claim", ["a", "=x", "a b=c", "user=8", "max_age=1"])
+@pytest.mark.parametrize("claim", ["a", "=x", "a b=c", "user=8", "max_age=1", "self=1"])
 def test_a_claim_that_is_none_is_refused(app: Flask, claim: str) -> None:
     assert "not of the form key=value" in refused(run(app, "token", "news", "--claim", claim))
 
@@ -302,3 +302,9 @@ def test_the_doctor_looks_at_a_stream_as_its_client(make_app: MakeApp) -> None:
         result = run(app, "doctor", server.url)
     assert result.exit_code == 1
     assert "answers 403 Forbidden \\x1b[2J\n" in result.stdout
+
+
+def test_every_command_is_documented() -> None:
+    page = (ROOT / "docs" / "cli.rst").read_text("utf-8")
+    headings = set(re.findall(r"^``(\w+)``\n-+$", page, re.MULTILINE))
+    assert headings == set(commands.commands)
