@@ -233,6 +233,16 @@ def test_events_go_from_one_shell_to_another_by_http_and_by_redis(own_redis: Red
         assert (*by_redis.communicate(timeout=20), by_redis.returncode) == ("", "", 0)
 
 
+def test_the_doctor_finds_nothing_wrong_where_nothing_is(redis: RedisServer) -> None:
+    with canned(STREAM + chunked(b":\n") + b"...") as server:
+        command = "gunicorn -k gthread --threads 20 -w 4 app:app"
+        lines = told(redis, "doctor", server.url, "--idle=0.1", "--gunicorn", command).splitlines()
+    assert lines[0].startswith(f"ok    the broker {redis.url} answers within 0.")
+    assert f"ok    gunicorn has 4 gthread workers, and the broker is {redis.url}" in lines
+    assert f"ok    {server.url} answers 200 with text/event-stream" in lines
+    assert not [line for line in lines if line.startswith("fail")]
+
+
 # token
 
 

@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 
     from .servers import Server
 
-HEARTBEAT = 0.5
+# What is expected is later than what comes, so that a busy machine changes nothing.
+OF_THE_APP, HEARTBEAT = 0.2, 0.5
 IGNORED = "proxy_ignore_headers X-Accel-Buffering; proxy_buffering on;"
 BUFFERING = [("proxy_buffering off;", IGNORED), ("proxy_http_version 1.1;", "")]
 GZIP = [("gzip off;", "gzip on; gzip_types *; gzip_proxied any;")]
-TIMEOUT = "proxy_read_timeout 60s;"
-IMPATIENT = [(TIMEOUT, f"proxy_read_timeout 200ms; # and not {TIMEOUT}")]
 
 
 def checked(url: str, heartbeat: float = HEARTBEAT, idle: float | None = None) -> list[Finding]:
@@ -38,25 +37,25 @@ def wrong(findings: list[Finding]) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Server]:
-    with served_app(HEARTBEAT) as server:
+    with served_app(OF_THE_APP) as server:
         yield server
 
 
 def test_through_the_nginx_of_the_docs_all_is_well(served: Server, tmp_path: Path) -> None:
     with nginx(tmp_path, served.port) as proxy:
-        findings = checked(f"{proxy.url}/stream")
+        findings = checked(f"{proxy.url}/stream", idle=0.8)
     assert wrong(findings) == []
-    assert [found.what.split()[-1] for found in findings][:1] == ["text/event-stream"]
+    assert findings[0].what == f"{proxy.url}/stream answers 200 with text/event-stream"
     assert "the longest silence was 0." in findings[-1].what
 
 
 def test_a_proxy_that_buffers_is_found(
     served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "AT_ONCE", 0.7)
+    monkeypatch.setattr(probe, "AT_ONCE", 0.5)
     with nginx(tmp_path, served.port, *BUFFERING) as proxy:
         findings = checked(f"{proxy.url}/stream")
-    assert wrong(findings) == [("fail", "nothing of the stream came within 0.7 s")]
+    assert wrong(findings) == [("fail", "nothing of the stream came within 0.5 s")]
     assert "proxy_buffering off" in findings[-1].cure
 
 
@@ -83,14 +82,13 @@ def test_a_proxy_that_compresses_and_buffers_is_told_from_one_that_only_buffers(
 
 
 def test_a_proxy_that_cuts_silent_streams_is_found(served: Server, tmp_path: Path) -> None:
-    with nginx(tmp_path, served.port, *IMPATIENT) as proxy:
-        findings = checked(f"{proxy.url}/stream")
+    # A stream whose heartbeat is 3 seconds, and an nginx that waits for one.
+    with nginx(tmp_path, served.port) as proxy:
+        findings = checked(f"{proxy.url}/stream/mute", heartbeat=3)
     [(level, what)] = wrong(findings)
-    assert (level, what.startswith("the stream was cut after")) == ("fail", True)
-    assert (
-        findings[-1].cure
-        == "proxy_read_timeout in nginx must be more than EVENTSTREAM_HEARTBEAT, 0.5"
-    )
+    assert (level, what.startswith("the stream was cut after 1.")) == ("fail", True)
+    cure = "proxy_read_timeout in nginx must be more than EVENTSTREAM_HEARTBEAT, 3"
+    assert findings[-1].cure == cure
 
 
 @pytest.mark.parametrize(
@@ -150,9 +148,9 @@ def test_who_leaves_before_a_heartbeat_is_due_has_not_seen_whether_it_comes() ->
 
 def test_heartbeats_that_do_not_come_when_due_are_found() -> None:
     with canned(STREAM + chunked(b":\n") + b"...") as server:
-        findings = checked(server.url, heartbeat=0.01)
+        findings = checked(server.url, heartbeat=0.01, idle=0.6)
     [(level, what)] = wrong(findings)
-    assert (level, what) == ("fail", "1.0 s of silence, and heartbeats are due every 0.01 s")
+    assert (level, what) == ("fail", "0.6 s of silence, and heartbeats are due every 0.01 s")
     assert "proxy_buffering off" in findings[-1].cure
 
 
