@@ -249,6 +249,15 @@ class EventStream(Blueprint):
         """
         return current_state().broker.disconnect(channel)
 
+    def health(self) -> tuple[dict[str, Any], int, dict[str, str]]:
+        """Tell whether the broker answers: a view for ``app.add_url_rule("/health", …)``.
+
+        :returns: 200 with ``{"status": "ok"}`` and the ``seconds`` that the broker took to answer,
+            or within 5 seconds 503 with ``{"status": "unavailable"}`` and the ``reason``. Both with
+            the ``broker``, without its secrets, and the number of ``subscribers`` of this process.
+        """
+        return *current_state().health(), {"Cache-Control": "no-store"}
+
     def _channels(self) -> EventStreamResponse:
         names = access.requested_channels(current_state().config.max_channels)
         access.check_may_read(names, self._judges())

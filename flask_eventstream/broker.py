@@ -155,6 +155,21 @@ class Broker(ABC):
         """Return how many subscriptions a channel has, or the whole broker without a channel."""
 
     @abstractmethod
+    def channels(self) -> dict[str, int]:
+        """Return the channels that are read, and how many subscriptions each has.
+
+        :raises BrokerUnavailableError: if the broker is a server that does not answer.
+        """
+
+    @abstractmethod
+    def ping(self) -> float:
+        """Ask the broker's server for an answer, and return how long it took, in seconds.
+
+        :returns: 0 if there is no server.
+        :raises BrokerUnavailableError: if it does not answer in time, or refuses.
+        """
+
+    @abstractmethod
     def disconnect(self, channel: str) -> int:
         """End every subscription that reads a channel, and return how many there were.
 

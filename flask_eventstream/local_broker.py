@@ -9,9 +9,9 @@ import math
 import sys
 import time
 from abc import abstractmethod
-from collections import deque
+from collections import Counter, deque
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import concurrency
 from .broker import DEFAULT_CHANNEL, Broker, Subscription, channel_names, encode_reset
@@ -168,6 +168,24 @@ class LocalBroker(Broker):
         with self._mutex:
             self._remove_leaving()
             return self._channels.count(channel)
+
+    def channels(self) -> dict[str, int]:
+        """Return the channels that are read, and by how many; see :meth:`Broker.channels`."""
+        counts = self._counts().items()
+        return {name: count for name, count in counts if not name.startswith(LOG_PREFIX)}
+
+    def _counts(self) -> Counter[str]:
+        with self._mutex:
+            self._remove_leaving()
+            return self._channels.counts()
+
+    def ping(self) -> float:
+        """Return 0, as there is no server; see :meth:`Broker.ping`."""
+        return 0.0
+
+    def server_info(self) -> dict[str, Any]:
+        """Return what the broker's server says of itself: nothing, as there is none."""
+        return {}
 
     def close(self) -> None:
         """End every subscription; see :meth:`Broker.close`."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
-import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,13 +13,14 @@ from .errors import BrokerUnavailableError, InvalidFieldError
 from .event import MAX_EVENT_BYTES
 from .local_broker import LOG_PREFIX, MAX_RUN_BYTES, MINTED_HINT, LocalBroker
 from .redis_feeds import Feeds
-from .redis_link import MintedIdError, RedisLink
+from .redis_link import DOUBT_SECONDS, MintedIdError, RedisLink, Repeats
 from .redis_presence import Presence
 from .redis_reader import RedisReader
 from .redis_runs import RedisRegistry
 from .redis_scripts import PUBLISH, Keys, Script
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Callable, Iterator, Sequence
 
     from .broker import Encoded
@@ -38,12 +37,8 @@ LEAST_KEPT = 256
 """How many events of a channel Redis keeps at least, so that a short loss of the connection is made
 good even without any history for clients."""
 
-DOUBT_SECONDS = 10
-"""For how long a call that failed, made again, is taken for the same one, in seconds."""
-
 _EVENTS_AT_ONCE = 100
 _SETTLE_SECONDS = 1.0
-_NO_CALL = (None, "", 0.0)
 _publish = Script(PUBLISH)
 
 
@@ -97,7 +92,7 @@ class RedisBroker(LocalBroker):
         self._seconds = math.ceil(history_seconds) + MARGIN_SECONDS
         # How far the clock of Redis is ahead of ours, in seconds; not known yet.
         self._clock_ahead = math.nan
-        self._doubtful = threading.local()
+        self._repeats = Repeats(timeout + DOUBT_SECONDS)
         super().__init__(
             history=history,
             history_seconds=history_seconds,
@@ -142,7 +137,7 @@ class RedisBroker(LocalBroker):
 
     def _send(self, names: Sequence[str], events: list[tuple[str, bytes]]) -> list[str]:
         self._check_open()
-        nonce, is_doubtful = self._nonce((names, events))
+        nonce, is_doubtful = self._repeats.begin((names, events))
         head = [self._keep, self._seconds, nonce]
         tail = [each for event in events for each in event]
 
@@ -153,20 +148,9 @@ class RedisBroker(LocalBroker):
             epoch, last = self._publish(names, arguments)
         except MintedIdError as error:
             raise InvalidFieldError("id", error.id, MINTED_HINT) from error
-        self._doubtful.call = _NO_CALL
+        self._repeats.end()
         first = last - len(events) + 1
         return [id or f"{epoch}-{first + n}" for n, (id, _) in enumerate(events)]
-
-    def _nonce(self, call: object) -> tuple[str, bool]:
-        # It stays with the call until Redis has confirmed it. If the answer was lost, whoever
-        # tries again must not publish twice.
-        now = time.monotonic()
-        failed, nonce, until = getattr(self._doubtful, "call", _NO_CALL)
-        is_doubtful = now < until and failed == call
-        if not is_doubtful:
-            nonce = secrets.token_hex(8)
-        self._doubtful.call = call, nonce, now + self._timeout + DOUBT_SECONDS
-        return nonce, is_doubtful
 
     def _latest_time(self) -> str:
         # A command that waited in a server that stood still must not be done once we have given it
@@ -307,6 +291,20 @@ class RedisBroker(LocalBroker):
         """
         local = self.subscriptions if channel is None else self._local_count(channel)
         return local + self._presence.count_others(channel or "")
+
+    def _counts(self) -> Counter[str]:
+        return super()._counts() + self._presence.counts_of_others()
+
+    def ping(self) -> float:
+        """Ask Redis for an answer; see :meth:`Broker.ping`."""
+        return self._link.ping()
+
+    def server_info(self) -> dict[str, Any]:
+        """Return what Redis says of itself and of its memory (``INFO``).
+
+        :raises BrokerUnavailableError: if Redis does not answer, or refuses.
+        """
+        return self._link.info()
 
     def disconnect(self, channel: str) -> int:
         """End every subscription of a channel, in all processes; see :meth:`Broker.disconnect`.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import secrets
+import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +23,11 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+DOUBT_SECONDS = 10
+"""For how long a call that failed, made again, is taken for the same one, in seconds."""
+
 _LONGEST_PAUSE = 0.2
+_NO_CALL = (None, "", 0.0)
 
 LOST = (redis.RedisError, OSError)
 """What a connection raises that is lost, that could not be made, or that is refused something."""
@@ -35,6 +42,33 @@ class MintedIdError(Exception):
     def __init__(self, id: str) -> None:
         super().__init__(id)
         self.id = id
+
+
+class Repeats:
+    """Knows a call that failed when the same thread or greenlet makes it again.
+
+    :param seconds: for how long it is taken for the same one, in seconds.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._failed = threading.local()
+
+    def begin(self, call: object) -> tuple[str, bool]:
+        """Return the nonce of a call, and whether it may have been done already."""
+        # The nonce stays with the call until Redis has confirmed it. If the answer was lost,
+        # whoever tries again must not publish twice.
+        now = time.monotonic()
+        failed, nonce, until = getattr(self._failed, "call", _NO_CALL)
+        is_doubtful = now < until and failed == call
+        if not is_doubtful:
+            nonce = secrets.token_hex(8)
+        self._failed.call = call, nonce, now + self._seconds
+        return nonce, is_doubtful
+
+    def end(self) -> None:
+        """Forget the call: it was done."""
+        self._failed.call = _NO_CALL
 
 
 class RedisLink:
@@ -138,6 +172,23 @@ class RedisLink:
                 return results
 
         return self._attempt(run, begin)
+
+    def ping(self) -> float:
+        """Ask for an answer, once, and return how long it took, in seconds.
+
+        :raises BrokerUnavailableError: as :meth:`pipeline`.
+        """
+        begin = time.monotonic()
+        self.pipeline([("PING",)], begin=-math.inf)
+        return time.monotonic() - begin
+
+    def info(self) -> dict[str, Any]:
+        """Return what the server says of itself and of its memory.
+
+        :raises BrokerUnavailableError: as :meth:`pipeline`.
+        """
+        server, memory = self.pipeline([("INFO", "server"), ("INFO", "memory")])
+        return {**server, **memory}
 
     def _attempt(self, act: Callable[[bool], T], begin: float | None) -> T:
         last_start = (time.monotonic() if begin is None else begin) + self._timeout / 2

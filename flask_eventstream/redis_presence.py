@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -99,11 +100,26 @@ class Presence:
 
         :raises BrokerUnavailableError: if Redis did not answer, or refused.
         """
+        told = self._ask_others("HMGET", "", channel)
+        return sum(int(count or 0) for _, count in told)
+
+    def counts_of_others(self) -> Counter[str]:
+        """Return how many subscribers of each channel the other processes have.
+
+        :raises BrokerUnavailableError: if Redis did not answer, or refused.
+        """
+        counts: Counter[str] = Counter()
+        for told in self._ask_others("HGETALL"):
+            counts.update({name.decode(): int(count) for name, count in told.items() if name})
+        return counts
+
+    def _ask_others(self, command: str, *fields: str) -> list[Any]:
         [members] = self._link.pipeline([("SMEMBERS", self._keys.processes)])
         tokens = sorted(token.decode() for token in members if token.decode() != self._token)
         keys = [self._keys.process(token) for token in tokens]
-        counts = self._link.pipeline([("HMGET", key, "", channel) for key in keys])
-        dead = [token for token, (total, _) in zip(tokens, counts, strict=True) if total is None]
+        replies = self._link.pipeline([(command, key, *fields) for key in keys])
+        told_by = zip(tokens, replies, strict=True)
+        dead = [token for token, told in told_by if told in ({}, [None, None])]
         if dead:
             self._link.pipeline([("SREM", self._keys.processes, *dead)])
-        return sum(int(count or 0) for _, count in counts)
+        return replies

@@ -13,8 +13,8 @@ from flask import Flask, current_app
 
 from . import access, endings
 from .brokers import new_broker
-from .config import Config
-from .errors import NotRegisteredError
+from .config import Config, without_secrets
+from .errors import BrokerUnavailableError, NotRegisteredError
 from .event import HEARTBEAT
 from .figures import Figures
 from .hub import SocketHub
@@ -82,6 +82,17 @@ class State:
         subscriber_disconnected.send(
             self.app, channels=channels, reason=body.reason, connection=connection
         )
+
+    def health(self) -> tuple[dict[str, Any], int]:
+        """Return how the app's streams are, without secrets, and the HTTP status that says so."""
+        report: dict[str, Any] = {
+            "broker": without_secrets(self.config.broker_url),
+            "subscribers": self.broker.subscriptions,
+        }
+        try:
+            return {"status": "ok", "seconds": round(self.broker.ping(), 6), **report}, 200
+        except BrokerUnavailableError as error:
+            return {"status": "unavailable", "reason": str(error), **report}, 503
 
 
 def connection_id(body: SubscriptionBody) -> str:

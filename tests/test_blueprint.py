@@ -4,6 +4,7 @@ import datetime
 import gc
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     from flask.testing import FlaskClient
     from werkzeug.wrappers import Response
+
+    from .redis_server import RedisServer
 
     MakeApp = Callable[..., Flask]
 
@@ -517,3 +520,39 @@ def test_a_batch_is_published_in_order_and_told_of(app: Flask, eventstream: Even
     assert [event.type for event in received] == ["message", "message", "tick"]
     assert json.loads(received[1].data) == {"at": "Fri, 02 Jan 2026 00:00:00 GMT"}
     assert told == [(("sse", "other"), id) for id in ids]
+
+
+def test_the_health_of_an_app_tells_how_its_broker_is(app: Flask, eventstream: EventStream) -> None:
+    app.add_url_rule("/health", view_func=eventstream.health)
+    with client_stream(app.test_client(), "/stream"):
+        answer = app.test_client().get("/health")
+    assert answer.status_code == 200
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.json == {
+        "status": "ok",
+        "broker": "memory://",
+        "seconds": 0,
+        "subscribers": 1,
+    }
+
+
+def test_a_broker_that_is_away_is_503_without_its_secrets(
+    make_app: MakeApp, eventstream: EventStream, own_redis: RedisServer
+) -> None:
+    app = make_app(BROKER_URL=own_redis.url.replace("//", "//:secret@"))
+    own_redis.redis.config_set("requirepass", "secret")
+    app.add_url_rule("/health", view_func=eventstream.health)
+    answer = app.test_client().get("/health")
+    assert answer.json is not None
+    assert (answer.status_code, answer.json["status"]) == (200, "ok")
+    assert answer.json["broker"] == own_redis.url
+    assert 0 < answer.json["seconds"] < 1
+    own_redis.freeze()
+    begin = time.monotonic()
+    answer = app.test_client().get("/health")
+    assert time.monotonic() - begin < 5
+    assert (answer.status_code, answer.headers["Cache-Control"]) == (503, "no-store")
+    assert answer.json is not None
+    assert answer.json["status"] == "unavailable"
+    assert answer.json["reason"].startswith(own_redis.url)
+    assert "secret" not in answer.text

@@ -22,6 +22,8 @@ from flask_eventstream.redis_broker import RedisBroker
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from flask_eventstream.local_broker import LocalBroker
+
     from .redis_server import RedisServer
 
 
@@ -320,6 +322,26 @@ def test_subscribers_are_counted(broker: Broker) -> None:
     assert [broker.subscriber_count(name) for name in ("a", "b", None)] == [1, 0, 1]
     one.close()
     assert broker.subscriber_count() == 0
+
+
+def test_the_channels_that_are_read_are_told_with_their_numbers(broker: LocalBroker) -> None:
+    broker.publish("nobody reads it", channel="c")
+    one, both = broker.subscribe("a"), broker.subscribe("a", "b")
+    log = broker.subscribe_log("a-run", 0)
+    assert broker.channels() == {"a": 2, "b": 1}
+    both.close()
+    log.close()
+    assert broker.channels() == {"a": 1}
+    one.close()
+    assert broker.channels() == {}
+
+
+def test_a_broker_tells_how_fast_its_server_answers(broker: LocalBroker) -> None:
+    is_local = isinstance(broker, MemoryBroker)
+    assert (broker.ping() == 0) == is_local
+    assert 0 <= broker.ping() < 1
+    assert ("redis_version" in broker.server_info()) != is_local
+    assert ("maxmemory_policy" in broker.server_info()) != is_local
 
 
 def test_a_subscription_that_is_dropped_unclosed_is_not_counted(broker: Broker) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -687,6 +687,10 @@ def test_the_rights_in_the_documentation_are_enough(own_redis: RedisServer) -> N
     broker.publish("x")
     assert data(subscription, 1) == ["x"]
     assert broker.subscriber_count() == 1
+    assert broker.ping() > 0
+    assert broker.server_info()
+    with closing(RedisBroker(own_redis.url.replace("//", "//app:secret@"))) as other:
+        assert wait_for(other.channels) == {"sse": 1}
     assert broker.disconnect("sse") == 1
     registry = broker.registry(600, 1, 1)
     assert registry.begin("key", "run", print, b"")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flask_eventstream.errors import BrokerUnavailableError, ConfigurationError
-from flask_eventstream.redis_link import LOST, MintedIdError, RedisLink
+from flask_eventstream.redis_link import LOST, MintedIdError, RedisLink, Repeats
 from flask_eventstream.redis_scripts import Script
 
 if TYPE_CHECKING:
@@ -79,6 +79,38 @@ def test_a_server_that_never_answers_is_given_up_in_time() -> None:
             link.pipeline([("PING",)])
         assert time.monotonic() - begin < 0.6
         link.close()
+
+
+def test_a_ping_is_one_attempt_and_tells_how_long_it_took(link: RedisLink) -> None:
+    assert 0 < link.ping() < 1
+    away = RedisLink("redis://127.0.0.1:1", 2, 1)
+    begin = time.monotonic()
+    with pytest.raises(BrokerUnavailableError):
+        away.ping()
+    assert time.monotonic() - begin < 0.5
+
+
+def test_the_server_tells_its_version_and_what_it_does_when_it_is_full(link: RedisLink) -> None:
+    info = link.info()
+    assert info["redis_version"]
+    assert (info["maxmemory"], info["maxmemory_policy"]) == (0, "noeviction")
+
+
+def test_a_call_that_failed_is_known_when_the_same_thread_makes_it_again() -> None:
+    repeats, other = Repeats(60), []
+    nonce, is_doubtful = repeats.begin("a")
+    assert not is_doubtful
+    assert repeats.begin("a") == (nonce, True)
+    thread = threading.Thread(target=lambda: other.append(repeats.begin("a")))
+    thread.start()
+    thread.join()
+    assert other[0][1] is False
+    repeats.end()
+    assert repeats.begin("a")[1] is False
+    assert repeats.begin("b")[1] is False
+    late = Repeats(0)
+    late.begin("a")
+    assert late.begin("a")[1] is False
 
 
 def test_a_listener_hears_what_it_is_subscribed_to(link: RedisLink, redis: RedisServer) -> None:

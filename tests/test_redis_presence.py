@@ -39,6 +39,17 @@ def test_what_one_tells_the_other_counts(pair: tuple[Presence, Presence]) -> Non
     assert two.count_others("") == 0
 
 
+def test_all_channels_of_the_others_are_told_at_once(pair: tuple[Presence, Presence]) -> None:
+    one, two = pair
+    assert two.counts_of_others() == {}
+    one.tell({"a": 2, "数": 1}, 3)
+    two.tell({"a": 7}, 7)
+    assert two.counts_of_others() == {"a": 2, "数": 1}
+    two._link.pipeline([("DEL", one.key)])
+    assert two.counts_of_others() == {}
+    assert one.counts_of_others() == {"a": 7}
+
+
 def test_who_does_not_renew_the_lease_is_forgotten(
     pair: tuple[Presence, Presence], redis: RedisServer
 ) -> None:
