@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from .broker import Subscription
+    from .places import Place
 
 _PROBE_SECONDS = 1.0
 _PIECE_BYTES = 16 * 1024
@@ -33,6 +34,7 @@ class SubscriptionBody:
     :param heartbeat: the longest silence, in seconds.
     :param max_lifetime: after how many seconds it ends, jittered by 20 %; ``None`` for never.
     :param on_close: called once with this body, when the subscription is off the books.
+    :param place: released at the end, if given.
     :ivar subscription: what the client has to get.
     :ivar end: when it ends at the latest, by :func:`time.monotonic`.
     """
@@ -40,9 +42,11 @@ class SubscriptionBody:
     # Only one of the roads needs more than these, and there may be many thousands of it.
     __slots__ = (
         "__weakref__",
+        "_finish",
         "_heartbeat",
         "_is_open",
         "_on_close",
+        "_place",
         "_silence",
         "_start",
         "end",
@@ -56,6 +60,7 @@ class SubscriptionBody:
         heartbeat: float,
         max_lifetime: float | None,
         on_close: Callable[[SubscriptionBody], None],
+        place: Place | None = None,
     ) -> None:
         self.subscription = subscription
         self.end = math.inf if max_lifetime is None else time.monotonic() + jittered(max_lifetime)
@@ -64,6 +69,10 @@ class SubscriptionBody:
         self._silence: Silence | None = None
         self._on_close = on_close
         self._is_open = True
+        self._finish: Callable[[], None] | None = None
+        self._place = place
+        if place is not None:
+            place.keep_for(self)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -85,8 +94,24 @@ class SubscriptionBody:
         self._start = self._start[len(start) :]
         return start
 
+    def finish(self) -> None:
+        """End the stream as if it had come to its end, from any thread."""
+        (self._finish or self.subscription.close)()
+
+    def finish_by(self, finish: Callable[[], None]) -> None:
+        """Have the stream ended in another way, by whoever has the client's socket."""
+        # Nobody else is ended alone, and there may be many thousands.
+        if self._place is not None and self._place.user is not None:
+            self._finish = finish
+            if self._place.is_finished:
+                finish()
+
     def close(self) -> None:
         """End the subscription; from any thread, more than once."""
+        if self._place is not None:
+            self._place.release()
+        # It holds the hub's subscriber, which holds this.
+        self._finish = None
         self.subscription.close()
         try:
             # One step, so that of many threads that close at once only one tells it.

@@ -75,6 +75,7 @@ class SocketHub:
         self._is_stopping = False
         self._watcher = descriptors.Watcher()
         self._arrived: deque[Subscriber] = deque()
+        self._ending: deque[Subscriber] = deque()
         self._errands = concurrency.Errands()
         self._subscribers: dict[int, Subscriber] = {}
         self._lagging: dict[int, Subscriber] = {}
@@ -117,6 +118,11 @@ class SocketHub:
         """Have the loop look for what is new; from any thread, without waiting for anything."""
         self._watcher.ring()
 
+    def end(self, subscriber: Subscriber) -> None:
+        """End the stream of a subscriber that was added; from any thread, also if it has ended."""
+        self._ending.append(subscriber)
+        self.ring()
+
     def stop(self) -> None:
         """End all streams there are, and wait for that, for 2 seconds at most."""
         self._is_stopping = self._is_running
@@ -143,8 +149,13 @@ class SocketHub:
     def _turn(self) -> None:
         events = self._watcher.wait(max(0, self._next_tick - time.monotonic()))
         self._now = time.monotonic()
+        # Before those that have arrived: then each of them has arrived as well.
+        ending = [self._ending.popleft() for _ in range(len(self._ending))]
         while self._arrived:
             self._take_in(self._arrived.popleft())
+        for subscriber in ending:
+            if self._subscribers.get(subscriber.descriptor) is subscriber:
+                self._finish(subscriber)
         for descriptor, event in events:
             self._on_event(descriptor, event)
         for source in self._news():

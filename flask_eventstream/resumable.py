@@ -19,7 +19,7 @@ from .body import ShortBody
 from .config import check_seconds
 from .errors import BrokerUnavailableError, ConfigurationError
 from .format import stream_format
-from .opening import check_room, come_again, open_stream, opening
+from .opening import come_again, open_stream, opening, take_place
 from .response import (
     HEADERS,
     EventStreamResponse,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from flask import Response
 
     from .format import StreamFormat
+    from .places import Place
     from .state import State
 
 METHODS = ("GET", "POST", "DELETE")
@@ -55,6 +56,7 @@ class Resumable:
     :param on_busy: ``"attach"``, ``"reject"`` or ``"replace"``.
     :param heartbeat: how long to wait for the first item, in seconds.
     :param format: the name of the format.
+    :param identify: returns the key of the user of the current request.
     :raises ConfigurationError: if one of them cannot be used.
     :raises TypeError: if the view is no generator function.
     """
@@ -66,6 +68,7 @@ class Resumable:
         on_busy: str,
         heartbeat: float | None,
         format: str,
+        identify: Callable[[], str | None],
     ) -> None:
         if not inspect.isgeneratorfunction(inspect.unwrap(view)):
             raise TypeError(
@@ -82,6 +85,7 @@ class Resumable:
         self._on_busy = on_busy
         self._heartbeat = heartbeat
         self._format = format
+        self._identify = identify
         update_wrapper(self, view)
 
     def __call__(self, **arguments: Any) -> Any:
@@ -111,12 +115,10 @@ class Resumable:
         request.get_data(parse_form_data=True)
         is_return = cursor() is not None or "run" in request.args
         if request.method == "POST" and not is_return:
-            check_room(state)
-            self._start(state, Run(key, owner, self._encoder(), report_failure), source)
-        while True:
-            response = self._attach(state, key)
-            if response is not None:
-                return response
+            with take_place(state, self._identify) as place:
+                self._start(state, Run(key, owner, self._encoder(), report_failure), source)
+                return self._attached(state, key, place)
+        return self._attached(state, key, None)
 
     def _key(self) -> tuple[str, str]:
         owner = "" if self._owner is None else current_app.ensure_sync(self._owner)()
@@ -145,12 +147,24 @@ class Resumable:
             advice = "There are too many runs. Wait for the end of one, or cancel it."
             raise TooManyRequests(advice, retry_after=access.RETRY_AFTER)
 
-    def _attach(self, state: State, key: str) -> Response | None:
+    def _attached(self, state: State, key: str, place: Place | None) -> Response:
+        while True:
+            response = self._attach(state, key, place)
+            if response is not None:
+                return response
+            place = None
+
+    def _attach(self, state: State, key: str, place: Place | None) -> Response | None:
         standing = self._find(state, key)
         number = _number_of_last(standing)
         if standing is None or (number == standing.last and not standing.is_active):
             return current_app.response_class(status=204, headers=HEADERS)
-        check_room(state)
+        with place or take_place(state, self._identify) as place:
+            return self._stream(state, key, standing, number, place)
+
+    def _stream(
+        self, state: State, key: str, standing: Standing, number: int, place: Place
+    ) -> Response | None:
         subscription = state.broker.subscribe_log(standing.run, standing.last)
         after = state.runs.registry.find(key)
         if after is None or after.run != standing.run:
@@ -164,7 +178,7 @@ class Resumable:
             response = EventStreamResponse(ShortBody(opening(state.config) + start))
         else:
             state.runs.registry.watch(key, after, last_words(self._encoder(), LOST))
-            response = open_stream(state, subscription, start)
+            response = open_stream(state, subscription, start, place)
         response.headers["X-Run-Id"] = after.run
         response.headers["Location"] = _url_of(after)
         return response

@@ -13,6 +13,8 @@ from .config import Config
 from .errors import NotRegisteredError
 from .event import HEARTBEAT
 from .hub import SocketHub
+from .places import Places
+from .revocations import Revocations
 from .run import Runs
 from .signals import subscriber_disconnected
 
@@ -29,7 +31,8 @@ class State:
 
     :param config: its configuration.
     :param broker: where its events go through.
-    :param max_subscribers: how many subscribers its process may have.
+    :param places: those that its process has for subscribers.
+    :param revocations: whose rights were revoked.
     :param hub: what sends to their sockets, if they may be taken.
     :param on_close: called with the body of a subscriber who has left.
     :param runs: the runs that its process produces.
@@ -39,7 +42,8 @@ class State:
 
     config: Config
     broker: LocalBroker
-    max_subscribers: int | None
+    places: Places
+    revocations: Revocations
     hub: SocketHub | None
     on_close: Callable[[SubscriptionBody], None]
     runs: Runs
@@ -58,14 +62,19 @@ def new_state(app: Any) -> State:
     hub = None
     if config.hijack:
         hub = SocketHub(broker.watch, config.heartbeat, HEARTBEAT, config.max_lag)
-    room = config.max_subscribers or access.default_max_subscribers()
+    places = Places(
+        config.max_subscribers or access.default_max_subscribers(),
+        config.max_subscribers_per_address,
+        config.max_subscribers_per_user,
+    )
+    revocations = Revocations(places, broker.revocation_log)
 
     def on_close(body: SubscriptionBody) -> None:
         subscriber_disconnected.send(app, channels=body.subscription.channels)
 
     registry = broker.registry(config.run_seconds, config.run_lease, config.max_runs)
     runs = Runs(registry, config.max_runs, config.max_runs_per_owner)
-    return State(config, broker, room, hub, on_close, runs)
+    return State(config, broker, places, revocations, hub, on_close, runs)
 
 
 def app_in_use() -> Flask:

@@ -19,6 +19,7 @@ WITH_FLASK = {
     "opening",
     "response",
     "resumable",
+    "rights",
     "signals",
     "state",
     "testing",
