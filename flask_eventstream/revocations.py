@@ -64,7 +64,9 @@ class RevocationLog:
         """
         first = b"(" + last if last else b"-"
         command = ("XRANGE", self._key, first, "+", "COUNT", _READ_AT_ONCE)
-        [entries] = self._link.pipeline([command])
+        # Requests wait for this: it is not tried for as long as what is to be published.
+        begin = time.monotonic() - self._link.patience
+        [entries] = self._link.pipeline([command], begin)
         found = [(fields[b"user"].decode(), float(fields[b"at"])) for _, fields in entries]
         return found, entries[-1][0] if entries else last
 
