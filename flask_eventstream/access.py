@@ -111,19 +111,22 @@ def check_token(text: str | None, revocations: Revocations) -> Token:
         refuse(str(error))
     if token.user is not None:
         revocations.refresh()
-        check_not_revoked(token, token.user, revocations)
+        check_not_revoked(token.user, token.issued, revocations)
     # Not in flask.g, which belongs to the app's context: one that is there already, as in tests,
     # serves several requests.
     request.environ[_TOKEN_KEY] = token
     return token
 
 
-def check_not_revoked(token: Token, user: str, revocations: Revocations) -> None:
+def check_not_revoked(user: str, issued: float, revocations: Revocations) -> None:
     """Refuse the current request if its token is known to be revoked.
 
+    :param user: the key of the token's user.
+    :param issued: when it was issued, by :func:`time.time`.
+    :param revocations: whose rights were revoked.
     :raises Unauthorized: 401, in words.
     """
-    if revocations.is_revoked(user, token.issued):
+    if revocations.is_revoked(user, issued):
         refuse("This token was revoked.")
 
 
@@ -157,17 +160,17 @@ def refuse(reason: str) -> NoReturn:
     raise Unauthorized(reason, www_authenticate=WWWAuthenticate("bearer"))
 
 
-def take_place(places: Places, user: str | None) -> Place:
+def take_place(places: Places, user: str | None, issued: float | None = None) -> Place:
     """Take a place for the current request.
 
     :param places: those of the process.
     :param user: the key of its user, if it is known.
+    :param issued: when its user's token was issued; ``None`` without one.
     :raises ServiceUnavailable: 503 with ``Retry-After``, if all are taken.
     :raises TooManyRequests: 429 with ``Retry-After``, if its address or its user has too many.
     """
-    token = accepted_token()
     try:
-        return places.take(request.remote_addr or "", user, token and token.issued)
+        return places.take(request.remote_addr or "", user, issued)
     except NoPlaceError as error:
         whose = error.whose
     if whose == "process":

@@ -49,11 +49,13 @@ def take_place(state: State, identify: Callable[[], str | None]) -> Place:
     :raises BrokerUnavailableError: if it cannot be found out whose rights are revoked.
     """
     token = access.accepted_token()
-    user = token.user if token is not None and token.user is not None else identify()
+    user = identify() if token is None or token.user is None else token.user
+    # Another one than that of the user who is revoked has nothing to do with it.
+    issued = None if token is None or token.user is None else token.issued
     if user is not None:
         # Before, or what was revoked long ago would end the stream.
         state.revocations.refresh()
-    place = access.take_place(state.places, user)
+    place = access.take_place(state.places, user, issued)
     if not state.has_warned:
         _warn_of_processes(state)
     if user is None:
@@ -61,8 +63,8 @@ def take_place(state: State, identify: Callable[[], str | None]) -> Place:
     try:
         state.revocations.follow()
         # Once more: who revokes its rights from now on finds the place.
-        if token is not None:
-            access.check_not_revoked(token, user, state.revocations)
+        if issued is not None:
+            access.check_not_revoked(user, issued, state.revocations)
     except BaseException:
         place.release()
         raise

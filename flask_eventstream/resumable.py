@@ -159,11 +159,14 @@ class Resumable:
         number = _number_of_last(standing)
         if standing is None or (number == standing.last and not standing.is_active):
             return current_app.response_class(status=204, headers=HEADERS)
+        if not standing.is_active:
+            # What ends at once needs no place.
+            return self._stream(state, key, standing, number, None)
         with place or take_place(state, self._identify) as place:
             return self._stream(state, key, standing, number, place)
 
     def _stream(
-        self, state: State, key: str, standing: Standing, number: int, place: Place
+        self, state: State, key: str, standing: Standing, number: int, place: Place | None
     ) -> Response | None:
         subscription = state.broker.subscribe_log(standing.run, standing.last)
         after = state.runs.registry.find(key)
@@ -173,7 +176,7 @@ class Resumable:
             return None
         log = subscription.start
         start = rest_of(log, standing, number, cursor() or "")
-        if not standing.is_active or (not after.is_active and has_end_of(log, after)):
+        if place is None or (not after.is_active and has_end_of(log, after)):
             subscription.close()
             response = EventStreamResponse(ShortBody(opening(state.config) + start))
         else:

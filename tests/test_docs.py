@@ -198,7 +198,7 @@ from flask import Flask
 from flask_eventstream import eventstream
 
 app = Flask(__name__)
-app.config.update(SECRET_KEY="secret", EVENTSTREAM_RETRY=10)
+app.config.update(SECRET_KEY="secret", EVENTSTREAM_RETRY=10, EVENTSTREAM_HEARTBEAT=1)
 app.register_blueprint(eventstream, url_prefix="/stream")
 tokens = []
 

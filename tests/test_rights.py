@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ def channels_of(app: Flask, query: str = "", bearer: str | None = None) -> tuple
 
 def assert_is_401(answer: TestResponse, why: str) -> None:
     assert answer.status_code == 401
-    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert answer.headers["WWW-Authenticate"].strip() == "Bearer"
     assert why in answer.text
     assert PREFIX not in answer.text
 
@@ -171,14 +172,15 @@ def test_what_has_no_stream_takes_no_place(make_app: MakeApp, eventstream: Event
 
     app = make_app(MAX_SUBSCRIBERS_PER_USER=1)
     client = app.test_client()
+    answer = client.post("/stream/run")
+    end = {"Last-Event-ID": re.findall("id: (.*)", answer.text)[-1]}
     with client_stream(client, "/stream"):
         assert client.post("/stream/run").status_code == 429
-        assert client.get("/stream/run").status_code == 204
+        assert client.get("/stream/run").text.endswith(answer.text.partition("data:")[2])
+        assert client.get("/stream/run", headers=end).status_code == 204
         assert client.get("/stream/generated").status_code == 200
         for path in ("/stream", "/stream/run", "/stream/generated"):
             assert client.head(path).status_code == 200
-    assert client.post("/stream/run").status_code == 200
-    # It ended before somebody could attach, or right after.
     assert app.extensions["eventstream"].places.taken == 0
     with client_stream(client, "/stream"):
         pass
@@ -337,6 +339,23 @@ def test_neither_the_token_nor_the_secret_is_logged(
     channels_of(app, bearer=wire)
     assert wire not in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_a_token_of_nobody_is_not_revoked_with_the_user_who_has_it(
+    make_app: MakeApp, eventstream: EventStream
+) -> None:
+    @eventstream.identify
+    def user() -> str:
+        return "me"
+
+    app = make_app()
+    app.secret_key = "secret"
+    wire = token(app)
+    with client_stream(app.test_client(), f"/stream?token={wire}") as stream:
+        with app.app_context():
+            eventstream.revoke("me")
+        assert list(stream) == []
+    assert channels_of(app, bearer=wire) == ("sse",)
 
 
 # --- On both roads
