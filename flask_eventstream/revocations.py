@@ -95,12 +95,13 @@ class Revocations:
         """End all streams of a user, and refuse the tokens that were issued to it before.
 
         :param user: the user's key.
-        :raises BrokerUnavailableError: if Redis did not answer, or refused. Nothing was done then.
+        :raises BrokerUnavailableError: if Redis did not answer, or refused. In this process it is
+            in force all the same.
         """
         now = time.time()
+        self._note(user, now)
         if self._log is not None:
             self._log.add(user, now)
-        self._note(user, now)
 
     def is_revoked(self, user: str, issued: float) -> bool:
         """Tell whether a token was revoked, as far as is known; see :meth:`refresh`.

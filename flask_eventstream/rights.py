@@ -96,7 +96,7 @@ class Rights(Blueprint):
 
         :param user: the user's key, as :meth:`identify` or :meth:`token` have it.
         :raises BrokerUnavailableError: if the broker is Redis and does not answer, or refuses.
-            Nothing was revoked then.
+            Then it is in force in this process only, or also in others; call it again.
         """
         current_state().revocations.revoke(str(user))
 

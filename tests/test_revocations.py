@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from flask import Flask
+    from werkzeug.test import TestResponse
 
     from flask_eventstream import EventStream
 
@@ -171,7 +172,8 @@ def test_what_is_revoked_while_redis_comes_and_goes_is_made_good(
     wait_for(lambda: "could not be read" in caplog.text)
     with pytest.raises(BrokerUnavailableError):
         one.revoke("me")
-    assert not one.revocations.is_revoked("me", 0)
+    assert one.revocations.is_revoked("me", 0)
+    assert not place.is_finished
     with pytest.raises(BrokerUnavailableError, match="no answer"):
         one.revocations.refresh()
     with pytest.raises(BrokerUnavailableError, match="a moment ago"):
@@ -298,6 +300,35 @@ def test_a_token_that_is_revoked_while_a_place_is_taken_opens_nothing(
     monkeypatch.setattr(places, "take", revoke_and_take)
     assert site.connect(f"/stream?token={wire}").response.status == 401
     assert (places.taken, site.count()) == (0, 0)
+
+
+def test_who_connects_while_his_rights_are_revoked_does_not_stay(
+    make_app: MakeApp, eventstream: EventStream
+) -> None:
+    app = make_app()
+    app.secret_key = "secret"
+    with app.app_context():
+        wire = eventstream.token(user="me")
+    answers: list[TestResponse] = []
+    statuses: list[int] = []
+
+    def connect() -> None:
+        while 401 not in statuses:
+            answers.append(app.test_client().get(f"/stream?token={wire}", buffered=False))
+            statuses.append(answers[-1].status_code)
+
+    threads = [threading.Thread(target=connect) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(statuses) > 50)
+    with app.app_context():
+        eventstream.revoke("me")
+    for thread in threads:
+        thread.join()
+    for answer in answers:
+        assert list(answer.response)
+    assert set(statuses) == {200, 401}
+    assert app.extensions["eventstream"].places.taken == 0
 
 
 def test_another_process_ends_streams_and_refuses_tokens_soon(
