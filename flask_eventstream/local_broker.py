@@ -23,6 +23,7 @@ from .history import Entry, History, in_order, joined
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from .revocations import RevocationLog
     from .run_registry import RunRegistry
 
 MINTED_HINT = "has the form of this broker's own ids; choose another, or leave it out"
@@ -47,7 +48,10 @@ class LocalBroker(Broker):
         connected; 30 by default.
     :param max_run_bytes: how much of a run's log is kept; 8 MiB by default.
     :param clock: a clock in seconds that never goes back; :func:`time.monotonic` by default.
+    :ivar revocation_log: what all processes know of revoked rights; ``None`` if there is only one.
     """
+
+    revocation_log: RevocationLog | None = None
 
     def __init__(
         self,
