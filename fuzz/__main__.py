@@ -12,6 +12,8 @@ import random
 import secrets
 import sys
 import time
+import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .shrinking import smallest
@@ -57,10 +59,18 @@ def shrunk(target: Any, case: Any, error: Exception) -> Failure:
     """Return a failure of the same kind with as small a case as can be found."""
 
     def fails(smaller: Any) -> bool:
-        return type(error_of(target, smaller)) is type(error)
+        other = error_of(target, smaller)
+        return other is not None and _kind(other) == _kind(error)
 
     small = smallest(case, fails, SHRINK_SECONDS)
     return Failure(small, error_of(target, small) or error, case)
+
+
+def _kind(error: Exception) -> tuple[type, int]:
+    """Return what an error is, and the line of a target that met it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [one.lineno for one in frames if Path(one.filename).parent == Path(__file__).parent]
+    return type(error), lines[-1] or 0
 
 
 def run(name: str, seconds: float, seed: int) -> bool:
@@ -73,12 +83,11 @@ def run(name: str, seconds: float, seed: int) -> bool:
     if failure is None:
         print(f"fuzz {name}: {cases:,} cases, {per_second:,.0f} a second, no failure", flush=True)
         return True
-    error = failure.error
+    shown = "".join(traceback.format_exception(failure.error))
     print(
-        f"fuzz {name}: case {cases:,} of the seed {seed} fails: {type(error).__name__}: {error}\n"
-        f"The smallest case:\n\n"
-        f'    python -c "from fuzz import {name}; {name}.check(CASE)"    where CASE is\n'
-        f"    {failure.case!r}\n\n"
+        f"fuzz {name}: case {cases:,} of the seed {seed} fails:\n\n{shown}\n"
+        f"The smallest case that fails so, for which this is to be called:\n\n"
+        f"    fuzz.{name}.check({failure.case!r})\n\n"
         f"It was found as:\n\n    {failure.original!r}\n",
         flush=True,
     )
