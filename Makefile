@@ -21,7 +21,7 @@ endif
 
 test: $(VENV)/.test
 	sh tests/install_system_parts.sh
-	$(BIN)/python -m fuzz & fuzz=$$!; $(MAKE) lint && wait $$fuzz
+	$(BIN)/python -m fuzz & fuzz=$$!; $(MAKE) lint && wait $$fuzz || { kill $$fuzz; exit 1; }
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet

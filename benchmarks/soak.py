@@ -54,7 +54,7 @@ PROCESSES = 2
 SAMPLE_EVERY, TELL_EVERY, KILL_EVERY, FREEZE_EVERY = 5, 30, 10, 60
 """Seconds."""
 FROZEN_SECONDS = 3
-SHARED_PAUSE, GROUP_PAUSE = 0.25, 1.0
+SHARED_PAUSE, GROUP_PAUSE = 0.25, 0.5
 """Seconds between two events of a channel."""
 MOST_PADDING = 1000
 KILLED = ("normal", "pubsub")

@@ -89,7 +89,7 @@ def _built(fields: Fields) -> ServerSentEvent | None:
         event = ServerSentEvent(*fields)
     except InvalidFieldError as error:
         refused = error.field
-    assert refused in (wrong or {None}), f"{refused} was refused, of {fields}"
+    assert refused in wrong if wrong else refused is None, f"{refused} was refused of {fields}"
     if refused:
         return None
     if not isinstance(fields[0], str):
