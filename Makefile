@@ -20,8 +20,8 @@ endif
 		$(BIN)/gunicorn -k gevent -w $(WORKERS) -b $(HOST):$(PORT) "example_app:create_app()"
 
 test: $(VENV)/.test
-	sh tests/install_system_parts.sh
-	$(BIN)/python -m fuzz & fuzz=$$!; $(MAKE) lint && wait $$fuzz || { kill $$fuzz; exit 1; }
+	$(BIN)/python -m fuzz & fuzz=$$!; \
+	sh tests/install_system_parts.sh && $(MAKE) lint && wait $$fuzz || { kill $$fuzz; exit 1; }
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet

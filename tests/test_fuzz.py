@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import random
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ import pytest
 
 from flask_eventstream import EventStreamParser, ServerSentEvent
 from flask_eventstream.memory_broker import MemoryBroker
-from fuzz import cursor, encoder, inputs, parser
+from fuzz import cursor, encoder, inputs, parser, world
 from fuzz.__main__ import TARGETS, main
 from fuzz.shrinking import smallest
 
@@ -61,8 +62,8 @@ class SilentBroker(MemoryBroker):
 PLANTED = [
     ("parser", parser, "EventStreamParser", ForgetfulParser, "\\x00"),
     ("encoder", encoder, "ServerSentEvent", CarelessEvent, "\\u2028"),
-    ("cursor", cursor, "MemoryBroker", GenerousBroker, "('publish', "),
-    ("cursor", cursor, "MemoryBroker", SilentBroker, "('return', "),
+    ("cursor", world, "MemoryBroker", GenerousBroker, "('publish', "),
+    ("cursor", world, "MemoryBroker", SilentBroker, "('return', "),
 ]
 
 
@@ -82,11 +83,11 @@ def test_a_planted_bug_is_found_and_its_input_named(
     shown = told.partition(f"fuzz.{target}.check(")[2].partition("\n")[0]
     assert evidence in shown
     # What is printed is the case itself, as Python reads it.
-    case = eval(shown.removesuffix(")"))
+    case, check = eval(shown.removesuffix(")")), importlib.import_module(f"fuzz.{target}").check
     with pytest.raises(AssertionError):
-        module.check(case)
+        check(case)
     monkeypatch.undo()
-    module.check(case)
+    check(case)
 
 
 def test_a_seed_gives_the_same_cases() -> None:
