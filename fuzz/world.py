@@ -163,6 +163,8 @@ class World:
         if number + 1 < first:
             reset, *events = events
             assert (reset.type, reset.id) == ("reset", f"{RUN}.{first - 1}")
+            evidence = {"requested": text[:256], "earliest": f"{RUN}.{first}"}
+            assert json.loads(reset.data) == evidence, (reset, evidence)
             assert events == left
         else:
             assert events == left[number + 1 - first :]
