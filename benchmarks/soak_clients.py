@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 GROUPS = 8
 SHARED = "shared"
+CHANNELS_OF_EACH = 2
 SMALL_BUFFER = 4096
 PIECE, PIECE_EVERY = 2048, 0.25
 """How many bytes a slow client reads, and after how many seconds again: sometimes too slowly."""
@@ -90,7 +91,9 @@ class Member(Client):
         self.is_connected = self.has_stood_still = False
         self.events = 0
         self.expected: dict[str, int] = {}
-        self._missed: dict[str, int] = {}
+        # Since a reset: what came next before it, of each channel that has sent nothing since.
+        self._owed: dict[str, int] = {}
+        self._has_gap = False
 
     def connect(self) -> socket.socket:
         self._sent_cursor = self._cursor
@@ -122,20 +125,21 @@ class Member(Client):
         self.resets += 1
         if not self._sent_cursor or requested != self._sent_cursor:
             self.faults.append(f"a reset of {requested!r}; it had asked {self._sent_cursor!r}")
-        # History comes next, of which it may have a part already.
-        self._missed |= self.expected
+        # History comes next, of which it may have a part already. One that has been told so before
+        # may have got only some of that.
+        self._owed |= self.expected
         self.expected = {}
+        # Of a channel that it has never read nobody knows what is gone.
+        self._has_gap = len(self._owed) < CHANNELS_OF_EACH
 
     def _compare(self, channel: str, number: int) -> None:
         expected = self.expected.get(channel, number)
         if number != expected:
             self.faults.append(f"{channel}: {number} instead of {expected}, cursor {self._cursor}")
-        if channel not in self._missed:
-            return
-        if number > self._missed.pop(channel):
-            self._missed = {}
-        elif not self._missed:
-            self.faults.append(f"a reset, and nothing was gone; cursor {self._cursor}")
+        if channel in self._owed:
+            self._has_gap |= number > self._owed.pop(channel)
+            if not self._owed and not self._has_gap:
+                self.faults.append(f"a reset, and nothing was gone; cursor {self._cursor}")
 
 
 class Crowd:
