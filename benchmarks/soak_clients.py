@@ -94,6 +94,7 @@ class Member(Client):
         # Since a reset: what came next before it, of each channel that has sent nothing since.
         self._owed: dict[str, int] = {}
         self._has_gap = False
+        self._requested = ""
 
     def connect(self) -> socket.socket:
         self._sent_cursor = self._cursor
@@ -123,6 +124,7 @@ class Member(Client):
 
     def _note_reset(self, requested: str) -> None:
         self.resets += 1
+        self._requested = requested
         if not self._sent_cursor or requested != self._sent_cursor:
             self.faults.append(f"a reset of {requested!r}; it had asked {self._sent_cursor!r}")
         # History comes next, of which it may have a part already. One that has been told so before
@@ -139,7 +141,9 @@ class Member(Client):
         if channel in self._owed:
             self._has_gap |= number > self._owed.pop(channel)
             if not self._owed and not self._has_gap:
-                self.faults.append(f"a reset, and nothing was gone; cursor {self._cursor}")
+                self.faults.append(
+                    f"a reset for {self._requested}, and nothing was gone up to {self._cursor}"
+                )
 
 
 class Crowd:
