@@ -1,7 +1,7 @@
 """How long a server takes to be gone once it is told to stop, with all its streams open.
 
-Each server has so many streams (``--streams``, 10,000 by default; a hundredth of them where each
-takes a thread, and one where the server serves one request at a time). Then the process gets
+Each server has so many streams (``--streams``, 10,000 by default; a fifth of them where each takes
+a thread, and one where the server serves one request at a time). Then the process gets
 SIGTERM. Its clients read, and close what has ended, as browsers do. A stream has ended cleanly if
 its last line says when to return, and its body is complete.
 
@@ -26,7 +26,7 @@ from tests.stress import UNTRACED, Readers
 from tests.test_shutdown import PYWSGI
 
 LIMIT = 2.0
-_PER_THREAD = 100
+_PER_THREAD = 5
 _AT_ONCE = 200
 _FAREWELL = re.compile(rb"retry: \d+\n(\r\n0\r\n\r\n)?\Z")
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LIMIT = 2.0
 OPTIONS = {
     "gevent": ["--worker-connections", "1000"],
+    "gevent_pywsgi": ["--worker-connections", "1000"],
     "gthread": ["--threads", "150", "--worker-connections", "1000"],
     "sync": [],
 }
@@ -62,8 +63,16 @@ def seconds_to_stop(server: Server, kind: signal.Signals = signal.SIGTERM) -> fl
     return time.monotonic() - start
 
 
-@pytest.mark.parametrize("hijack", [True, False])
-@pytest.mark.parametrize("worker", ["gevent", "gthread"])
+@pytest.mark.parametrize(
+    ("worker", "hijack"),
+    [
+        ("gevent", True),
+        ("gevent", False),
+        ("gevent_pywsgi", False),
+        ("gthread", True),
+        ("gthread", False),
+    ],
+)
 def test_a_worker_that_is_told_to_stop_ends_all_its_streams_and_is_gone(
     worker: str, hijack: bool
 ) -> None:
@@ -72,7 +81,7 @@ def test_a_worker_that_is_told_to_stop_ends_all_its_streams_and_is_gone(
         for path in ("ticks", "mute", "silent", "merged"):
             streams += clients.connect(f"/stream/{path}", 5)
         runs = clients.connect("/stream/answer/one", method="POST")
-        blocked = clients.connect("/stream/blocked", 5) if worker == "gevent" else []
+        blocked = clients.connect("/stream/blocked", 5) if worker != "gthread" else []
         seconds = seconds_to_stop(server)
         assert seconds < LIMIT
         ends = clients.ends(streams + blocked)
