@@ -55,6 +55,7 @@ class MemoryBroker(LocalBroker):
                 event_id = self.mint(seq)
                 wire = with_id(wire, event_id.encode())
             is_read = self._channels.append(names, Entry(seq, now, id, wire))
+            self.published += 1
             self._channels.sweep(now)
         if is_read:
             self._channels.ring()
