@@ -6,7 +6,10 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 WORKERS ?= 1
 
-.PHONY: example test lint docs bench clean
+SECONDS ?= 60
+MINUTES ?= 10
+
+.PHONY: example test lint fuzz soak docs bench clean
 
 example: $(VENV)/.example
 	@echo "Open http://$(HOST):$(PORT)/ in two tabs. Ctrl-C ends it."
@@ -17,8 +20,8 @@ endif
 		$(BIN)/gunicorn -k gevent -w $(WORKERS) -b $(HOST):$(PORT) "example_app:create_app()"
 
 test: $(VENV)/.test
-	sh tests/install_system_parts.sh
-	$(MAKE) lint
+	$(BIN)/python -m fuzz & fuzz=$$!; \
+	sh tests/install_system_parts.sh && $(MAKE) lint && wait $$fuzz || { kill $$fuzz; exit 1; }
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
@@ -28,6 +31,13 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -m fuzz --seconds $(SECONDS)
+
+soak: $(VENV)/.test
+	sh tests/install_system_parts.sh redis
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 docs: $(VENV)/.test
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html

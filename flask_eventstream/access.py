@@ -1,33 +1,49 @@
-"""Who may read which channel, and whether there is room for one more."""
+"""Who may read which channel: by the app's own judgement, or by a token; and who gets a place."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from flask import abort, request
-from werkzeug.exceptions import ServiceUnavailable
+from flask import abort, current_app, request
+from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.exceptions import ServiceUnavailable, TooManyRequests, Unauthorized
 
 from .broker import DEFAULT_CHANNEL, channel_names
-from .errors import InvalidFieldError
+from .errors import ConfigurationError, InvalidFieldError
+from .places import NoPlaceError
+from .tokens import PREFIX, Token, TokenError, verified
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from .places import Place, Places
+    from .revocations import Revocations
 
 RETRY_AFTER = 5
 """When a client that found no room may come again, in seconds."""
 
 _RESERVED_DESCRIPTORS = 100
+_TOKEN_KEY = "eventstream.token"
 
 
-def requested_channels(max_channels: int) -> tuple[str, ...]:
+class Authority(Protocol):
+    """What may tell who reads what; it may also have a method ``user() -> str | None``."""
+
+    def may_read(self, channel: str) -> bool:
+        """Tell whether the current request may read a channel."""
+
+
+def requested_channels(max_channels: int, signed_for: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return the channels that the current request names: ``?channel=a&channel=b``.
 
     :param max_channels: how many it may name.
-    :returns: their names; the default channel if it names none.
+    :param signed_for: the channels of its token.
+    :returns: their names; if it names none, those of its token, else the default channel.
     :raises BadRequest: 400, in words, for a name that no channel can have, or too many of them.
     """
-    asked = request.args.getlist("channel") or [DEFAULT_CHANNEL]
+    asked = request.args.getlist("channel") or signed_for or (DEFAULT_CHANNEL,)
     if len(asked) > max_channels:
         abort(400, f"{len(asked)} channels were asked for; at most {max_channels} are allowed.")
     try:
@@ -36,7 +52,7 @@ def requested_channels(max_channels: int) -> tuple[str, ...]:
         abort(400, str(error))
 
 
-def check_may_read(channels: tuple[str, ...], judges: list[Callable[[str], bool]]) -> None:
+def check_may_read(channels: Iterable[str], judges: list[Callable[[str], bool]]) -> None:
     """Refuse the current request unless it may read every one of some channels.
 
     :param channels: the names.
@@ -50,15 +66,117 @@ def check_may_read(channels: tuple[str, ...], judges: list[Callable[[str], bool]
             abort(403, f"Reading the channel {channel!r} is not allowed.")
 
 
-def check_room(subscribers: int, max_subscribers: int | None) -> None:
-    """Refuse the current request if the process has as many subscribers as it can hold.
+def judge_of(authority: Any) -> Callable[[str], bool]:
+    """Return the function of an authority, which is one itself or has a ``may_read``."""
+    judge: Callable[[str], bool] = getattr(authority, "may_read", authority)
+    # Without, a coroutine would be true, and open everything.
+    return current_app.ensure_sync(judge)
 
-    :param subscribers: how many it has.
-    :param max_subscribers: how many it may have; ``None`` for any number.
-    :raises ServiceUnavailable: 503 with ``Retry-After``.
+
+def signing_keys() -> list[str | bytes]:
+    """Return the current app's secret keys, the one that signs last.
+
+    :raises ConfigurationError: if it has none.
     """
-    if max_subscribers is not None and subscribers >= max_subscribers:
+    if not current_app.secret_key:
+        raise ConfigurationError("SECRET_KEY", None, "is needed for tokens; set it to random text")
+    return _secret_keys()
+
+
+def _secret_keys() -> list[str | bytes]:
+    keys = [*(current_app.config.get("SECRET_KEY_FALLBACKS") or ()), current_app.secret_key]
+    # With an empty one everybody could sign.
+    return [key for key in keys if key]
+
+
+def presented_token() -> str | None:
+    """Return the text that the current request has as its token, from the header or the query."""
+    scheme, _, text = request.headers.get("Authorization", "").partition(" ")
+    return text.strip() if scheme.lower() == "bearer" else request.args.get("token")
+
+
+def check_token(text: str | None, revocations: Revocations) -> Token:
+    """Return what the token of the current request says, and have its stream end with it.
+
+    :param text: the token.
+    :param revocations: whose rights were revoked.
+    :raises Unauthorized: 401, in words, if it may not be used.
+    :raises BrokerUnavailableError: if it cannot be found out whether it was revoked.
+    """
+    if not text:
+        refuse("A token is needed.")
+    try:
+        token = verified(text, _secret_keys())
+    except TokenError as error:
+        refuse(str(error))
+    if token.user is not None:
+        revocations.refresh()
+        check_not_revoked(token.user, token.issued, revocations)
+    # Not in flask.g, which belongs to the app's context: one that is there already, as in tests,
+    # serves several requests.
+    request.environ[_TOKEN_KEY] = token
+    return token
+
+
+def check_not_revoked(user: str, issued: float, revocations: Revocations) -> None:
+    """Refuse the current request if its token is known to be revoked.
+
+    :param user: the key of the token's user.
+    :param issued: when it was issued, by :func:`time.time`.
+    :param revocations: whose rights were revoked.
+    :raises Unauthorized: 401, in words.
+    """
+    if revocations.is_revoked(user, issued):
+        refuse("This token was revoked.")
+
+
+def token_of_view(is_guarded: bool, revocations: Revocations) -> Token | None:
+    """Return the token by which the current request reads channels, if it has one.
+
+    :param is_guarded: whether the app judges those itself whose tokens are its own.
+    :param revocations: whose rights were revoked.
+    :raises Unauthorized: 401, in words. A token that is wrong is never taken for none.
+    """
+    text = presented_token()
+    if text is None or (is_guarded and not text.startswith(PREFIX)):
+        return None
+    return check_token(text, revocations)
+
+
+def accepted_token() -> Token | None:
+    """Return the token that the current request was found to have, if any."""
+    token: Token | None = request.environ.get(_TOKEN_KEY)
+    return token
+
+
+def time_left() -> float | None:
+    """Return for how many seconds the current request's token is valid, if it has one."""
+    token = accepted_token()
+    return None if token is None else token.expires - time.time()
+
+
+def refuse(reason: str) -> NoReturn:
+    """Refuse the current request for want of a token that may be used."""
+    raise Unauthorized(reason, www_authenticate=WWWAuthenticate("bearer"))
+
+
+def take_place(places: Places, user: str | None, issued: float | None = None) -> Place:
+    """Take a place for the current request.
+
+    :param places: those of the process.
+    :param user: the key of its user, if it is known.
+    :param issued: when its user's token was issued; ``None`` without one.
+    :raises ServiceUnavailable: 503 with ``Retry-After``, if all are taken.
+    :raises TooManyRequests: 429 with ``Retry-After``, if its address or its user has too many.
+    """
+    try:
+        return places.take(request.remote_addr or "", user, issued)
+    except NoPlaceError as error:
+        whose = error.whose
+    if whose == "process":
         raise ServiceUnavailable("All places for subscribers are taken.", retry_after=RETRY_AFTER)
+    advice = f"This {whose} has too many streams open. Close one of them."
+    raise TooManyRequests(advice, retry_after=RETRY_AFTER)
 
 
 def default_max_subscribers() -> int | None:

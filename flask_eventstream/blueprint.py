@@ -5,15 +5,16 @@ from __future__ import annotations
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flask import Blueprint, current_app, request
+from flask import current_app, request
 
 from . import access
 from .broker import DEFAULT_CHANNEL, channel_names
-from .errors import BrokerUnavailableError, TooLargeError
+from .errors import BrokerUnavailableError
 from .event import ServerSentEvent, to_json
-from .opening import SERVER_STOPS, check_room, come_again, first_events, open_stream
-from .response import EventStreamResponse, cursor, json_dumps
+from .opening import come_again, subscribed
+from .response import EventStreamResponse, json_dumps
 from .resumable import METHODS, Resumable
+from .rights import Rights, allowed_names
 from .signals import event_published
 from .state import app_in_use, current_state, new_state
 
@@ -23,10 +24,9 @@ if TYPE_CHECKING:
     from flask.blueprints import BlueprintSetupState
 
     View = TypeVar("View", bound=Callable[..., Any])
-    MayRead = TypeVar("MayRead", bound=Callable[[str], bool])
 
 
-class EventStream(Blueprint):
+class EventStream(Rights):
     """A blueprint that publishes events, and serves them.
 
     :param name: the blueprint's name.
@@ -47,7 +47,6 @@ class EventStream(Blueprint):
         self, name: str, import_name: str, *, url_prefix: str = "/stream", **options: Any
     ) -> None:
         super().__init__(name, import_name, url_prefix=url_prefix, **options)
-        self._may_read: Callable[[str], bool] | None = None
         self.record(self._install)
         self.add_url_rule("", "channels", self._channels)
 
@@ -116,33 +115,16 @@ class EventStream(Blueprint):
         :raises TooLargeError: if there are more channels than ``EVENTSTREAM_MAX_CHANNELS``, or the
             snapshot is larger than ``EVENTSTREAM_MAX_EVENT_BYTES``.
         :raises ServiceUnavailable: 503, if the process has ``EVENTSTREAM_MAX_SUBSCRIBERS``.
+        :raises TooManyRequests: 429, if the client's address or user has too many streams.
         :raises NotRegisteredError: if the app has no event stream.
 
         A client that returns gets exactly what it missed, or a ``reset`` event and what history
         still has. While the broker cannot be reached, the stream ends at once and clients retry.
         """
-        state = current_state()
-        names = channel_names(channels or DEFAULT_CHANNEL)
-        if len(names) > state.config.max_channels:
-            advice = "Publish to fewer channels, or raise EVENTSTREAM_MAX_CHANNELS."
-            raise TooLargeError(
-                "the number of channels", len(names), state.config.max_channels, advice
-            )
+        names = allowed_names(channels)
         if request.method == "HEAD":
             return EventStreamResponse(())
-        check_room(state)
-        if state.shutdown.has_begun:
-            return come_again(state.config, SERVER_STOPS)
-        try:
-            subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
-        except BrokerUnavailableError as error:
-            return come_again(state.config, error)
-        try:
-            start = first_events(state.config, subscription, snapshot)
-        except BaseException:
-            subscription.close()
-            raise
-        return open_stream(state, subscription, start)
+        return subscribed(current_state(), self._user, names, history, snapshot)
 
     def stream(
         self,
@@ -213,22 +195,12 @@ class EventStream(Blueprint):
         """
 
         def decorate(view: View) -> View:
-            respond = Resumable(view, owner, on_busy, heartbeat, format)
+            respond = Resumable(view, owner, on_busy, heartbeat, format, self._user)
             options.setdefault("endpoint", view.__name__)
             self.add_url_rule(rule, view_func=respond, methods=METHODS, **options)
             return view
 
         return decorate
-
-    def authorize(self, may_read: MayRead) -> MayRead:
-        """Decorate the function that tells whether the current request may read a channel.
-
-        It is asked for each channel at every connect and reconnect, before anything is replayed.
-        It returns a ``bool``, or raises an HTTP error of its own; ``False`` is 403. The app's other
-        blueprints ask it too, unless they have one of their own.
-        """
-        self._may_read = may_read
-        return may_read
 
     def last_event_id(self, channel: str = DEFAULT_CHANNEL) -> str:
         """Return the cursor of this moment, for a page to connect from.
@@ -259,17 +231,15 @@ class EventStream(Blueprint):
         return *current_state().health(), {"Cache-Control": "no-store"}
 
     def _channels(self) -> EventStreamResponse:
-        names = access.requested_channels(current_state().config.max_channels)
-        access.check_may_read(names, self._judges())
+        state, judges = current_state(), self._judges()
+        try:
+            token = access.token_of_view(bool(judges), state.revocations)
+        except BrokerUnavailableError as error:
+            return come_again(state.config, error)
+        signed_for = token.channels if token is not None else ()
+        names = access.requested_channels(state.config.max_channels, signed_for)
+        access.check_may_read([name for name in names if name not in signed_for], judges)
         return self.subscribe(*names)
-
-    def _judges(self) -> list[Callable[[str], bool]]:
-        # All blueprints of an app serve the same channels. One that is there for its generator
-        # views must not open what another one guards.
-        if self._may_read is not None:
-            return [self._may_read]
-        others = [blueprint._may_read for blueprint in current_state().blueprints]
-        return [may_read for may_read in others if may_read is not None]
 
     def _install(self, setup: BlueprintSetupState) -> None:
         extensions = setup.app.extensions

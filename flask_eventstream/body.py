@@ -14,9 +14,10 @@ from . import endings
 from .event import HEARTBEAT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from .broker import Subscription
+    from .places import Place
     from .shutdown import Shutdown
 
 
@@ -51,6 +52,7 @@ class SubscriptionBody:
     :param heartbeat: the longest silence, in seconds.
     :param max_lifetime: after how many seconds it ends, jittered by 20 %; ``None`` for never.
     :param keeper: who is told of it.
+    :param place: released at the end, if given.
     :ivar subscription: what the client has to get.
     :ivar deadline: when it ends at the latest, by :func:`time.monotonic`.
     :ivar number: which one of the process it is.
@@ -61,10 +63,12 @@ class SubscriptionBody:
     # Only one of the roads needs more than these, and there may be many thousands of it.
     __slots__ = (
         "__weakref__",
+        "_finish",
         "_heartbeat",
         "_is_last",
         "_is_open",
         "_keeper",
+        "_place",
         "_silence",
         "_start",
         "begun",
@@ -81,6 +85,7 @@ class SubscriptionBody:
         heartbeat: float,
         max_lifetime: float | None,
         keeper: Keeper,
+        place: Place | None = None,
     ) -> None:
         self.subscription = subscription
         self.number = keeper.connected(start)
@@ -93,6 +98,10 @@ class SubscriptionBody:
         self._keeper = keeper
         self._is_last = False
         self._is_open = True
+        self._finish: Callable[[], None] | None = None
+        self._place = place
+        if place is not None:
+            place.keep_for(self)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -138,8 +147,25 @@ class SubscriptionBody:
         self._start = self._start[len(start) :]
         return start
 
+    def finish(self) -> None:
+        """End the stream since its user's rights were revoked; from any thread."""
+        self.reason = endings.REVOKED
+        (self._finish or self.subscription.close)()
+
+    def finish_by(self, finish: Callable[[], None]) -> None:
+        """Have the stream ended in another way, by whoever has the client's socket."""
+        # Nobody else is ended alone, and there may be many thousands.
+        if self._place is not None and self._place.user is not None:
+            self._finish = finish
+            if self._place.is_finished:
+                finish()
+
     def close(self) -> None:
         """End the subscription; from any thread, more than once."""
+        if self._place is not None:
+            self._place.release()
+        # It holds the hub's subscriber, which holds this.
+        self._finish = None
         self.subscription.close()
         try:
             # One step, so that of many threads that close at once only one tells it.

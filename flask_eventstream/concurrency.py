@@ -19,7 +19,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 _logger = logging.getLogger(__name__)
 
@@ -139,9 +139,14 @@ class Errands:
         self._left: deque[Callable[[], object]] = deque()
         self._waker = Waker(self._run_all)
 
-    def add(self, errands: Iterable[Callable[[], object]]) -> None:
-        """Have some functions called soon. If one fails, that is logged."""
-        self._left.extend(errands)
+    def add(self, errand: Callable[[], object]) -> None:
+        """Have a function called after the next :meth:`start`. If it fails, that is logged."""
+        self._left.append(errand)
+
+    def start(self) -> None:
+        """Have done what was added. Not once for each of many: it may take a new thread."""
+        if not self._left:
+            return
         try:
             self._waker.start()
         except RuntimeError:

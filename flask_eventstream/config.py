@@ -69,6 +69,8 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "max_run_bytes": _whole(1),
     "run_seconds": _seconds,
     "run_lease": _lease,
+    "max_subscribers_per_address": _whole(1),
+    "max_subscribers_per_user": _whole(1),
 }
 
 
@@ -102,6 +104,9 @@ class Config:
         is gone gets a ``reset``.
     :param run_seconds: how long a run can be read after its end, in seconds.
     :param run_lease: with Redis, after how many seconds a run is lost whose process is silent.
+    :param max_subscribers_per_address: how many subscribers of one IP address a process may have,
+        where the /64 of an IPv6 address counts as one; any number by default.
+    :param max_subscribers_per_user: and how many of one user; any number by default.
     """
 
     broker_url: str = "memory://"
@@ -121,6 +126,8 @@ class Config:
     max_run_bytes: int = 8 * 1024 * 1024
     run_seconds: float = 600
     run_lease: float = 15
+    max_subscribers_per_address: int | None = None
+    max_subscribers_per_user: int | None = None
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Config:

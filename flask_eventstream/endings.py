@@ -14,6 +14,9 @@ LAGGED = "lagged"
 EXPIRED = "expired"
 """It was opened for this long: the right to read has ended, or ``EVENTSTREAM_MAX_LIFETIME``."""
 
+REVOKED = "revoked"
+"""The rights of its user were revoked."""
+
 ENDED = "ended"
 """There is nothing more to come: ``disconnect``, or the end of a run."""
 
@@ -26,5 +29,5 @@ FAILED = "failed"
 ABNORMAL = (VANISHED, LAGGED, FAILED)
 """What operators want to hear of, each time."""
 
-REASONS = (LEFT, VANISHED, LAGGED, EXPIRED, ENDED, STOPPED, FAILED)
+REASONS = (LEFT, VANISHED, LAGGED, EXPIRED, REVOKED, ENDED, STOPPED, FAILED)
 """Why a subscriber's stream has ended."""

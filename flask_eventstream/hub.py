@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from . import concurrency, descriptors, endings
 from .figures import Deliveries
 from .heartbeats import Heartbeats
-from .subscriber import Members, ending, framed
+from .subscriber import Frames, Members, ending, framed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -75,11 +75,11 @@ class SocketHub:
         self.sent = Deliveries()
         self._watcher = descriptors.Watcher()
         self._arrived: deque[Subscriber] = deque()
+        self._ending: deque[Subscriber] = deque()
         self._errands = concurrency.Errands()
-        self._left: list[Callable[[], None]] = []
         self._members = Members()
         self._sends_left = _SENDS_IN_A_ROW
-        self._wire = self._chunk = b""
+        self._frames = Frames()
         self._now = 0.0
 
     def add(self, subscriber: Subscriber) -> None:
@@ -114,6 +114,11 @@ class SocketHub:
         """Have the loop look for what is new; from any thread, without waiting for anything."""
         self._watcher.ring()
 
+    def end(self, subscriber: Subscriber) -> None:
+        """End a subscriber whose rights were revoked; from any thread, also if it has ended."""
+        self._ending.append(subscriber)
+        self.ring()
+
     @property
     def is_busy(self) -> bool:
         """Whether it has subscribers."""
@@ -140,14 +145,7 @@ class SocketHub:
                 _logger.exception("The socket hub failed; its streams end, and clients reconnect")
                 self._finish_all(endings.FAILED)
             self._watcher.close_removed()
-            self._tell_owners()
-
-    def _tell_owners(self) -> None:
-        if self._left:
-            # What they do then is not the hub's business, and must not hold it up. Together, as
-            # each time may take a new thread.
-            self._errands.add(self._left)
-            self._left = []
+            self._errands.start()
 
     def _is_over(self) -> bool:
         with self._mutex:
@@ -157,8 +155,13 @@ class SocketHub:
     def _turn(self) -> None:
         events = self._watcher.wait(max(0, self._heartbeats.next_tick - time.monotonic()))
         self._now = time.monotonic()
+        # Before those that have arrived: then each of them has arrived as well.
+        ending = [self._ending.popleft() for _ in range(len(self._ending))]
         while self._arrived:
             self._take_in(self._arrived.popleft())
+        for subscriber in ending:
+            if self._members.all.get(subscriber.descriptor) is subscriber:
+                self._finish(subscriber, endings.REVOKED)
         for descriptor, event in events:
             self._on_event(descriptor, event)
         self._send_all_news()
@@ -196,15 +199,9 @@ class SocketHub:
                 if plain:
                     self._send_to_all(plain, wire)
                 if in_chunks:
-                    self._send_to_all(in_chunks, self._in_chunk(wire))
+                    self._send_to_all(in_chunks, self._frames.in_chunk(wire))
             if len(wire) < FRAME_BYTES and group.source.end is None:
                 return
-
-    def _in_chunk(self, wire: bytes) -> bytes:
-        # One event that goes to many groups is the same object each time.
-        if wire is not self._wire:
-            self._wire, self._chunk = wire, framed(wire, True)
-        return self._chunk
 
     def _send_to_all(self, live: dict[int, Subscriber], frame: bytes) -> None:
         # The hottest loop of all. benchmarks/fanout.py compares it with the same loop in C.
@@ -322,7 +319,8 @@ class SocketHub:
     def _forget(self, subscriber: Subscriber, reason: str) -> None:
         self._members.leave(subscriber)
         self._watcher.remove(subscriber.descriptor)
-        self._left.append(partial(subscriber.owner.end, reason))
+        # What an owner does then is not the hub's business, and must not hold it up.
+        self._errands.add(partial(subscriber.owner.end, reason))
 
     def _after_fork(self) -> None:
         for subscriber in (*self._members.all.values(), *self._arrived):

@@ -23,6 +23,7 @@ from .history import Entry, History, in_order, joined
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from .revocations import RevocationLog
     from .run_registry import RunRegistry
 
 MINTED_HINT = "has the form of this broker's own ids; choose another, or leave it out"
@@ -50,7 +51,10 @@ class LocalBroker(Broker):
     :ivar published: how many events this process has published, each once.
     :ivar replays: how many subscriptions began with exactly what came after their cursor.
     :ivar resets: and how many with a ``reset``.
+    :ivar revocation_log: what all processes know of revoked rights; ``None`` if there is only one.
     """
+
+    revocation_log: RevocationLog | None = None
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ _LIMIT = "eventstream_max_subscribers"
 _LABELS = {"eventstream_subscribers": "channel", "eventstream_ends_total": "reason"}
 _HELP = {
     "eventstream_subscribers": "Subscribers, by the prefix of the channels that they read",
-    "eventstream_subscriptions": "Subscribers, each once, whatever they read",
+    "eventstream_places_taken": "Subscribers, each once, whatever they read",
     _LIMIT: "How many subscribers there may be",
     "eventstream_lagging": "Subscribers who have not taken everything yet",
     "eventstream_generator_streams": "Generator streams that are open",
@@ -225,10 +225,10 @@ class Mirror:
 
 
 def _read(state: State, choose: Callable[[Counter[str]], Iterable[str]]) -> Values:
-    figures, broker, hub = state.figures, state.broker, state.hub
+    figures, broker, hub, places = state.figures, state.broker, state.hub, state.places
     sent, iterated = _sent_by_hub(state), figures.iterated
     numbers: dict[str, float] = {
-        "subscriptions": broker.subscriptions,
+        "places_taken": places.taken,
         "lagging": hub.lagging if hub else 0,
         "generator_streams": state.shutdown.generator_streams,
         "runs": state.runs.active,
@@ -240,8 +240,8 @@ def _read(state: State, choose: Callable[[Counter[str]], Iterable[str]]) -> Valu
         "resets_total": broker.resets,
         "replayed_events_total": figures.replayed,
     }
-    if state.max_subscribers is not None:
-        numbers["max_subscribers"] = state.max_subscribers
+    if places.max_all is not None:
+        numbers["max_subscribers"] = places.max_all
     return {
         "eventstream_subscribers": _by_prefix(broker.prefixes(), choose),
         "eventstream_ends_total": {reason: figures.ends[reason] for reason in REASONS},

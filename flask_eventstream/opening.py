@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from flask import current_app, request
+from flask import abort, current_app, request
+from werkzeug.exceptions import ServiceUnavailable
 
 from . import access
 from .body import ShortBody, SubscriptionBody, jittered
+from .errors import BrokerUnavailableError
 from .event import ServerSentEvent, encode_comment
 from .memory_broker import MemoryBroker
 from .response import EventStreamResponse, cursor, json_dumps
@@ -19,19 +23,54 @@ if TYPE_CHECKING:
 
     from .broker import Subscription
     from .config import Config
+    from .places import Place
     from .state import State
+    from .tokens import Token
 
 SERVER_STOPS = "The server stops."
 
 
-def check_room(state: State) -> None:
-    """Refuse the current request if there is no room for one more subscriber.
+def current_token(state: State) -> Token:
+    """Return the token of the current request; see :meth:`EventStream.current_token`."""
+    try:
+        return access.check_token(access.presented_token(), state.revocations)
+    except BrokerUnavailableError as error:
+        if request.method == "GET":
+            abort(come_again(state.config, error))
+        advice = "Tokens cannot be checked at the moment."
+        raise ServiceUnavailable(advice, retry_after=access.RETRY_AFTER) from error
 
-    :raises ServiceUnavailable: 503, see :func:`access.check_room`.
+
+def take_place(state: State, identify: Callable[[], str | None]) -> Place:
+    """Take a place for the current request; everybody who subscribes has one.
+
+    :param state: the app's.
+    :param identify: returns the key of its user, unless its token says whose it is.
+    :raises ServiceUnavailable: 503, as :class:`TooManyRequests`, see :func:`access.take_place`.
+    :raises Unauthorized: 401, if its token was revoked meanwhile.
+    :raises BrokerUnavailableError: if it cannot be found out whose rights are revoked.
     """
-    access.check_room(state.broker.subscriptions, state.max_subscribers)
+    token = access.accepted_token()
+    user = identify() if token is None or token.user is None else token.user
+    # Another one than that of the user who is revoked has nothing to do with it.
+    issued = None if token is None or token.user is None else token.issued
+    if user is not None:
+        # Before, or what was revoked long ago would end the stream.
+        state.revocations.refresh()
+    place = access.take_place(state.places, user, issued)
     if not state.has_warned:
         _warn_of_processes(state)
+    if user is None:
+        return place
+    try:
+        state.revocations.follow()
+        # Once more: who revokes its rights from now on finds the place.
+        if issued is not None:
+            access.check_not_revoked(user, issued, state.revocations)
+    except BaseException:
+        place.release()
+        raise
+    return place
 
 
 def _warn_of_processes(state: State) -> None:
@@ -46,16 +85,50 @@ def _warn_of_processes(state: State) -> None:
     )
 
 
-def open_stream(state: State, subscription: Subscription, start: bytes) -> EventStreamResponse:
-    """Return the response to a subscriber.
+def subscribed(
+    state: State,
+    identify: Callable[[], str | None],
+    names: tuple[str, ...],
+    history: int,
+    snapshot: Callable[[], Any] | None,
+) -> EventStreamResponse:
+    """Subscribe to channels, and return the response; see :meth:`EventStream.subscribe`."""
+    if state.shutdown.has_begun:
+        return come_again(state.config, SERVER_STOPS)
+    with ExitStack() as unless_kept:
+        try:
+            place = unless_kept.enter_context(take_place(state, identify))
+            subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
+        except BrokerUnavailableError as error:
+            return come_again(state.config, error)
+        try:
+            start = first_events(state.config, subscription, snapshot)
+        except BaseException:
+            subscription.close()
+            raise
+        return open_stream(state, subscription, start, place)
+
+
+def open_stream(
+    state: State, subscription: Subscription, start: bytes, place: Place
+) -> EventStreamResponse:
+    """Return the response to a subscriber. It ends no later than the token of the request.
 
     :param state: the app's.
     :param subscription: what the client has to get.
     :param start: the events that come first.
+    :param place: the subscriber's, which is released at the end.
     """
     config = state.config
     first = opening(config) + start
-    body = SubscriptionBody(subscription, first, config.heartbeat, config.max_lifetime, state)
+    # Up to megabytes, which nobody needs twice, for as long as the client stays.
+    subscription.start = b""
+    body = SubscriptionBody(
+        subscription, first, config.heartbeat, config.max_lifetime, state, place
+    )
+    time_left = access.time_left()
+    if time_left is not None:
+        body.deadline = min(body.deadline, time.monotonic() + time_left)
     subscriber_connected.send(
         state.app,
         channels=subscription.channels,

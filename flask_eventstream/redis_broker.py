@@ -18,6 +18,7 @@ from .redis_presence import Presence
 from .redis_reader import RedisReader
 from .redis_runs import RedisRegistry
 from .redis_scripts import PUBLISH, Keys, Script
+from .revocations import RevocationLog
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -101,6 +102,7 @@ class RedisBroker(LocalBroker):
             max_run_bytes=max_run_bytes,
         )
         self._max_run_bytes = max_run_bytes
+        self.revocation_log = RevocationLog(self._link, self._keys.revoked)
         concurrency.call_at_exit(self._leave)
 
     def _start(self) -> None:

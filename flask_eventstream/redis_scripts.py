@@ -14,6 +14,8 @@ With the prefix ``eventstream:`` and the database 0, the keys are:
     channel. It expires when nothing was published for a while.
 ``eventstream:0:processes``, ``eventstream:0:process:<token>``
     The processes that serve subscribers, and how many of each channel. Each has a lease of its own.
+``eventstream:0:revoked``
+    A stream: whose rights were revoked, and when; see ``revocations``.
 ``eventstream:0:run:<key>``, ``eventstream:0:producer:<token>``
     How a run stands, and the lease of a process that has runs; see ``redis_runs``. The log of a run
     is a channel whose name no publisher can give.
@@ -200,6 +202,7 @@ class Keys:
         self.state = self._prefix + b"state"
         self.marks = self._prefix + b"marks"
         self.processes = self._prefix + b"processes"
+        self.revoked = self._prefix + b"revoked"
         self._channel = self._prefix + b"channel:"
 
     def channel(self, name: str) -> bytes:

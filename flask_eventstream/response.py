@@ -200,17 +200,17 @@ def _hand_over(
     subscription = stream.subscription
     start = stream.take_start()
     wire = framed(start, hijacked.is_chunked) if start else b""
-    hub.add(
-        Subscriber(
-            hijacked.descriptor,
-            owner,
-            subscription.channel_set,
-            subscription.position,
-            hijacked.head + wire,
-            hijacked.is_chunked,
-            stream.deadline,
-        )
+    subscriber = Subscriber(
+        hijacked.descriptor,
+        owner,
+        subscription.channel_set,
+        subscription.position,
+        hijacked.head + wire,
+        hijacked.is_chunked,
+        stream.deadline,
     )
+    hub.add(subscriber)
+    stream.finish_by(partial(hub.end, subscriber))
     shutdown.watch()
 
 

@@ -20,7 +20,7 @@ from .config import check_seconds
 from .errors import BrokerUnavailableError, ConfigurationError
 from .format import stream_format
 from .generator_stream import carry_context, report_failure
-from .opening import SERVER_STOPS, check_room, come_again, open_stream, opening
+from .opening import SERVER_STOPS, come_again, open_stream, opening, take_place
 from .response import HEADERS, EventStreamResponse, cursor, json_dumps
 from .run import Run
 from .run_log import has_end_of, new_key, number_in, rest_of
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flask import Response
 
     from .format import StreamFormat
+    from .places import Place
     from .state import State
 
 METHODS = ("GET", "POST", "DELETE")
@@ -50,6 +51,7 @@ class Resumable:
     :param on_busy: ``"attach"``, ``"reject"`` or ``"replace"``.
     :param heartbeat: how long to wait for the first item, in seconds.
     :param format: the name of the format.
+    :param identify: returns the key of the user of the current request.
     :raises ConfigurationError: if one of them cannot be used.
     :raises TypeError: if the view is no generator function.
     """
@@ -61,6 +63,7 @@ class Resumable:
         on_busy: str,
         heartbeat: float | None,
         format: str,
+        identify: Callable[[], str | None],
     ) -> None:
         if not inspect.isgeneratorfunction(inspect.unwrap(view)):
             raise TypeError(
@@ -77,6 +80,7 @@ class Resumable:
         self._on_busy = on_busy
         self._heartbeat = heartbeat
         self._format = format
+        self._identify = identify
         update_wrapper(self, view)
 
     def __call__(self, **arguments: Any) -> Any:
@@ -110,12 +114,10 @@ class Resumable:
         request.get_data(parse_form_data=True)
         is_return = cursor() is not None or "run" in request.args
         if request.method == "POST" and not is_return:
-            check_room(state)
-            self._start(state, Run(key, owner, self._encoder(), report_failure), source)
-        while True:
-            response = self._attach(state, key)
-            if response is not None:
-                return response
+            with take_place(state, self._identify) as place:
+                self._start(state, Run(key, owner, self._encoder(), report_failure), source)
+                return self._attached(state, key, place)
+        return self._attached(state, key, None)
 
     def _key(self) -> tuple[str, str]:
         owner = "" if self._owner is None else current_app.ensure_sync(self._owner)()
@@ -144,12 +146,27 @@ class Resumable:
             advice = "There are too many runs. Wait for the end of one, or cancel it."
             raise TooManyRequests(advice, retry_after=access.RETRY_AFTER)
 
-    def _attach(self, state: State, key: str) -> Response | None:
+    def _attached(self, state: State, key: str, place: Place | None) -> Response:
+        while True:
+            response = self._attach(state, key, place)
+            if response is not None:
+                return response
+            place = None
+
+    def _attach(self, state: State, key: str, place: Place | None) -> Response | None:
         standing = self._find(state, key)
         number = _number_of_last(standing)
         if standing is None or (number == standing.last and not standing.is_active):
             return current_app.response_class(status=204, headers=HEADERS)
-        check_room(state)
+        if not standing.is_active:
+            # What ends at once needs no place.
+            return self._stream(state, key, standing, number, None)
+        with place or take_place(state, self._identify) as place:
+            return self._stream(state, key, standing, number, place)
+
+    def _stream(
+        self, state: State, key: str, standing: Standing, number: int, place: Place | None
+    ) -> Response | None:
         subscription = state.broker.subscribe_log(standing.run, standing.last)
         after = state.runs.registry.find(key)
         if after is None or after.run != standing.run:
@@ -158,12 +175,12 @@ class Resumable:
             return None
         log = subscription.start
         start = rest_of(log, standing, number, cursor() or "")
-        if not standing.is_active or (not after.is_active and has_end_of(log, after)):
+        if place is None or (not after.is_active and has_end_of(log, after)):
             subscription.close()
             response = EventStreamResponse(ShortBody(opening(state.config) + start))
         else:
             state.runs.registry.watch(key, after, last_words(self._encoder(), LOST))
-            response = open_stream(state, subscription, start)
+            response = open_stream(state, subscription, start, place)
         response.headers["X-Run-Id"] = after.run
         response.headers["Location"] = _url_of(after)
         return response

@@ -18,6 +18,8 @@ from .errors import BrokerUnavailableError, NotRegisteredError
 from .event import HEARTBEAT
 from .figures import Figures
 from .hub import SocketHub
+from .places import Places
+from .revocations import Revocations
 from .runs import Runs
 from .shutdown import Shutdown, farewell
 from .signals import subscriber_disconnected
@@ -37,7 +39,8 @@ class State:
     :param app: the app.
     :param config: its configuration.
     :param broker: where its events go through.
-    :param max_subscribers: how many subscribers its process may have.
+    :param places: those that its process has for subscribers.
+    :param revocations: whose rights were revoked.
     :param hub: what sends to their sockets, if they may be taken.
     :param runs: the runs that its process produces.
     :param shutdown: what ends all of that.
@@ -49,7 +52,8 @@ class State:
     app: Any
     config: Config
     broker: LocalBroker
-    max_subscribers: int | None
+    places: Places
+    revocations: Revocations
     hub: SocketHub | None
     runs: Runs
     shutdown: Shutdown
@@ -114,10 +118,15 @@ def new_state(app: Any) -> State:
     if config.hijack:
         goodbye = partial(farewell, config.retry)
         hub = SocketHub(broker.watch, config.heartbeat, HEARTBEAT, config.max_lag, goodbye)
-    room = config.max_subscribers or access.default_max_subscribers()
+    places = Places(
+        config.max_subscribers or access.default_max_subscribers(),
+        config.max_subscribers_per_address,
+        config.max_subscribers_per_user,
+    )
+    revocations = Revocations(places, broker.revocation_log)
     # The last one here is the first one that hears of the interpreter's end.
     shutdown = Shutdown(config.retry, runs, *filter(None, [hub]))
-    return State(app, config, broker, room, hub, runs, shutdown)
+    return State(app, config, broker, places, revocations, hub, runs, shutdown)
 
 
 def app_in_use() -> Flask:

@@ -146,6 +146,20 @@ class Members:
             del self.groups[group.source]
 
 
+class Frames:
+    """Puts what goes to many groups into a chunk once."""
+
+    def __init__(self) -> None:
+        self._wire = self._chunk = b""
+
+    def in_chunk(self, wire: bytes) -> bytes:
+        """Return some bytes in a chunk."""
+        # One event that goes to many groups is the same object each time.
+        if wire is not self._wire:
+            self._wire, self._chunk = wire, framed(wire, True)
+        return self._chunk
+
+
 def framed(wire: bytes, is_chunked: bool) -> bytes:
     """Return bytes, not empty, as they go over the wire."""
     return b"%x\r\n%b\r\n" % (len(wire), wire) if is_chunked else wire

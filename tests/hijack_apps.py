@@ -102,7 +102,7 @@ def counts() -> dict[str, int]:
     return {
         **current_app.config["COUNTS"],
         "subscribers": apps.eventstream.subscriber_count(),
-        "sockets": len(hub._subscribers) if hub else 0,
+        "sockets": len(hub._members.all) if hub else 0,
     }
 
 

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 from flask import Flask
-from werkzeug.exceptions import BadRequest, Forbidden, ServiceUnavailable
+from werkzeug.exceptions import BadRequest, Forbidden, HTTPException
 
 from flask_eventstream import access
+from flask_eventstream.places import Places
 
 
 @pytest.fixture
@@ -66,12 +67,26 @@ def test_every_judge_must_allow_it() -> None:
         access.check_may_read(("a",), [lambda channel: True, lambda channel: False])
 
 
-def test_beyond_the_limit_there_is_no_room() -> None:
-    access.check_room(2, 3)
-    access.check_room(10**9, None)
-    with pytest.raises(ServiceUnavailable) as caught:
-        access.check_room(3, 3)
-    assert ("Retry-After", "5") in caught.value.get_headers()
+def test_beyond_a_limit_there_is_no_place(app: Flask) -> None:
+    places = Places(max_all=2, max_per_address=1, max_per_user=1)
+
+    def status_of(address: str, user: str | None) -> int | None:
+        with (
+            app.test_request_context(environ_base={"REMOTE_ADDR": address}),
+            pytest.raises(HTTPException) as caught,
+        ):
+            access.take_place(places, user)
+        assert ("Retry-After", "5") in caught.value.get_headers()
+        return caught.value.code
+
+    with app.test_request_context(environ_base={"REMOTE_ADDR": "::1"}):
+        kept = [access.take_place(places, "me")]
+    assert status_of("::2", "you") == 429
+    assert status_of("::0:1:0:0:0:1", "me") == 429
+    kept.append(places.take("192.0.2.1"))
+    assert status_of("192.0.2.2", None) == 503
+    for place in kept:
+        place.release()
 
 
 @pytest.mark.parametrize(

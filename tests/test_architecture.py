@@ -20,6 +20,7 @@ WITH_FLASK = {
     "opening",
     "response",
     "resumable",
+    "rights",
     "signals",
     "state",
     "testing",

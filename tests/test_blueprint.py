@@ -406,8 +406,8 @@ def test_beyond_the_limit_a_stream_is_503_with_retry_after(make_app: MakeApp) ->
 def test_the_limit_is_taken_from_the_file_descriptors(
     app: Flask, eventstream: EventStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert app.extensions["eventstream"].max_subscribers > 0
-    app.extensions["eventstream"].max_subscribers = 0
+    assert app.extensions["eventstream"].places.max_all > 0
+    app.extensions["eventstream"].places.max_all = 0
     with app.test_request_context("/"), pytest.raises(ServiceUnavailable):
         eventstream.subscribe()
 

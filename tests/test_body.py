@@ -10,6 +10,7 @@ import pytest
 from flask_eventstream import MemoryBroker, endings
 from flask_eventstream.body import Silence, SubscriptionBody, jittered
 from flask_eventstream.event import HEARTBEAT
+from flask_eventstream.places import Places
 from flask_eventstream.shutdown import Shutdown
 
 from .servers import wait_for
@@ -137,3 +138,44 @@ def test_jitter_stays_within_a_fifth() -> None:
     values = [jittered(100) for _ in range(1000)]
     assert 80 <= min(values) < 85
     assert 115 < max(values) <= 120
+
+
+def test_a_body_has_its_place_until_it_closes(broker: MemoryBroker) -> None:
+    places = Places()
+    stream = body(broker, place=places.take("192.0.2.1"))
+    assert places.taken == 1
+    stream.close()
+    stream.close()
+    assert places.taken == 0
+
+
+def test_a_body_that_is_finished_ends_whoever_waits_for_it(broker: MemoryBroker) -> None:
+    places = Places()
+    stream = body(broker, b"first", place=places.take("192.0.2.1", "me"))
+    assert next(stream) == b"first"
+    threading.Timer(0.05, places.finish, ["me", 0]).start()
+    assert list(stream) == []
+    assert places.taken == 0
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_who_has_the_socket_ends_a_body_that_is_finished(
+    broker: MemoryBroker, is_first: bool
+) -> None:
+    places, ended = Places(), []
+    stream = body(broker, heartbeat=0.02, place=places.take("192.0.2.1", "me"))
+    if is_first:
+        places.finish("me", 0)
+    stream.finish_by(lambda: ended.append("by the hub"))
+    if not is_first:
+        places.finish("me", 0)
+        assert next(stream) == HEARTBEAT  # it is not the body that ends it
+    assert ended == ["by the hub"]
+
+
+def test_nobody_else_is_ended_alone(broker: MemoryBroker) -> None:
+    for place in (None, Places().take("192.0.2.1")):
+        stream = body(broker, place=place)
+        stream.finish_by(pytest.fail)
+        stream.finish()
+        assert list(stream) == []

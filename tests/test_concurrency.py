@@ -131,9 +131,11 @@ def test_errands_are_done_by_the_caller_while_no_thread_is_to_be_had() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("no thread")))
-        errands.add([errand])
+        errands.add(errand)
+        errands.start()
     assert done_by == [threading.current_thread()]
-    errands.add([errand])
+    errands.add(errand)
+    errands.start()
     wait_for(lambda: len(done_by) == 2)
     assert done_by[1] is not threading.current_thread()
 

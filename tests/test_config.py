@@ -31,13 +31,23 @@ def test_every_key_is_read() -> None:
         "EVENTSTREAM_MAX_RUN_BYTES": 12,
         "EVENTSTREAM_RUN_SECONDS": 13.5,
         "EVENTSTREAM_RUN_LEASE": 14.5,
+        "EVENTSTREAM_MAX_SUBSCRIBERS_PER_ADDRESS": 15,
+        "EVENTSTREAM_MAX_SUBSCRIBERS_PER_USER": 16,
     }
     channels = ("memory://", 0, 1.5, 2, 0, 5, 6, 7, 8.5, 9, False, "mine:")
-    expected = Config(*channels, 10, 11, 12, 13.5, 14.5)
+    expected = Config(*channels, 10, 11, 12, 13.5, 14.5, 15, 16)
     assert Config.read(given) == expected
 
 
-@pytest.mark.parametrize("key", ["MAX_SUBSCRIBERS", "MAX_LIFETIME"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "MAX_SUBSCRIBERS",
+        "MAX_LIFETIME",
+        "MAX_SUBSCRIBERS_PER_ADDRESS",
+        "MAX_SUBSCRIBERS_PER_USER",
+    ],
+)
 def test_none_is_a_value_where_it_is_the_default(key: str) -> None:
     assert Config.read({f"EVENTSTREAM_{key}": None}) == Config()
 
@@ -60,6 +70,8 @@ BAD: dict[str, list[Any]] = {
     "MAX_RUN_BYTES": [None, 0, "3"],
     "RUN_SECONDS": [None, 0, "3"],
     "RUN_LEASE": [None, 0, 0.5, "15", True],
+    "MAX_SUBSCRIBERS_PER_ADDRESS": [0, "3", True],
+    "MAX_SUBSCRIBERS_PER_USER": [0, "3", True],
 }
 
 

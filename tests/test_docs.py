@@ -193,6 +193,50 @@ def test_the_page_of_a_run_shows_all_of_it_after_a_reload_too(tmp_path: Path) ->
         assert prompt.startswith(page.evaluate("text.value"))
 
 
+TOKEN_APP = """
+from flask import Flask
+from flask_eventstream import eventstream
+
+app = Flask(__name__)
+app.config.update(SECRET_KEY="secret", EVENTSTREAM_RETRY=10, EVENTSTREAM_HEARTBEAT=1)
+app.register_blueprint(eventstream, url_prefix="/stream")
+tokens = []
+
+@app.post("/stream-token")
+def stream_token():
+    tokens.append(eventstream.token("news", max_age=0.5))
+    if len(tokens) > 1:
+        eventstream.publish("between", channel="news")
+    return tokens[-1]
+
+@app.post("/publish")
+def publish():
+    return eventstream.publish("first", channel="news")
+
+app.get("/")(lambda: '''<ol></ol><script>
+const show = (text) => document.querySelector("ol").append(text, ";");
+{script}
+follow();
+</script>''')
+"""
+
+
+def test_the_page_with_a_token_goes_on_with_a_new_one_where_it_was(tmp_path: Path) -> None:
+    docs = (DOCS / "channels.rst").read_text("utf-8")
+    scripts = re.findall(r"code-block:: javascript\n\n((?:   .*\n|\n)+)", docs)
+    [script] = [script for script in scripts if "stream-token" in script]
+    (tmp_path / "token_page.py").write_text(TOKEN_APP.replace("{script}", script), "utf-8")
+    path = f"--pythonpath={tmp_path}"
+    with serving("token_page:app", "gthread", "--threads=4", path) as server, chromium() as browser:
+        page = browser.new_page()
+        with page.expect_response("**/stream?*"):
+            page.goto(server.url)
+        page.evaluate("void fetch('/publish', {method: 'POST'})")
+        page.wait_for_function(
+            "document.querySelector('ol').innerText.startsWith('first;between;')"
+        )
+
+
 def test_every_link_of_the_readme_leads_to_a_file() -> None:
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert links

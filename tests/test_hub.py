@@ -55,6 +55,7 @@ class Crowd:
         self.hub = SocketHub(self.broker.watch, heartbeat, BEAT, max_lag, farewell)
         self.clients: list[socket.socket] = []
         self.owners: list[Owner] = []
+        self.subscribers: list[Subscriber] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
 
     def join(
@@ -75,7 +76,7 @@ class Crowd:
         subscription = subscription or self.broker.subscribe(*channels)
         self.clients.append(client)
         self.owners.append(Owner(subscription))
-        self.hub.add(
+        self.subscribers.append(
             Subscriber(
                 server.detach(),
                 self.owners[-1],
@@ -86,6 +87,7 @@ class Crowd:
                 time.monotonic() + lifetime,
             )
         )
+        self.hub.add(self.subscribers[-1])
         return client
 
     def close(self) -> None:
@@ -453,6 +455,29 @@ def test_a_source_that_fails_ends_the_streams_and_is_logged(
     assert read_until(client, b"y\n\n")
 
 
+def test_one_subscriber_is_ended_and_the_others_go_on(crowd: Crowd) -> None:
+    ended, other = crowd.join(is_chunked=True), crowd.join()
+    one = crowd.subscribers[0]
+    crowd.broker.publish("x")
+    read_until(other, b"x\n\n")
+    crowd.hub.end(one)
+    assert read_all(ended).endswith(b"\r\n0\r\n\r\n")
+    wait_for(lambda: crowd.owners[0].closed)
+    crowd.hub.end(one)
+    crowd.broker.publish("y")
+    assert read_until(other, b"y\n\n")
+    assert [owner.closed for owner in crowd.owners] == [1, 0]
+
+
+def test_a_subscriber_that_is_ended_as_soon_as_it_is_added_ends(crowd: Crowd) -> None:
+    for _ in range(50):
+        client = crowd.join()
+        crowd.hub.end(crowd.subscribers[-1])
+        assert read_all(client) == b""
+    wait_for(lambda: all(owner.closed == 1 for owner in crowd.owners))
+    assert crowd.broker.subscriber_count() == 0
+
+
 def test_a_forked_child_has_nothing_of_it_and_starts_anew(crowd: Crowd) -> None:
     client = crowd.join()
     wait_for(lambda: crowd.hub._members.all)
@@ -571,6 +596,7 @@ class Still:
     def finish(self) -> None:
         self.hub._finish_all(endings.FAILED)
         self.hub._watcher.close_removed()
+        self.hub._errands.start()
         for client in self.clients:
             client.close()
 
@@ -651,8 +677,3 @@ def test_an_event_of_one_that_went_in_this_turn_is_ignored(still: Still) -> None
     still.finish()
     still.hub._on_event(descriptor, IS_GONE)
     wait_for(lambda: still.reasons == [endings.FAILED])
-
-
-def test_an_event_goes_to_many_groups_in_the_same_frame(still: Still) -> None:
-    wire = b"data: x\n\n"
-    assert still.hub._in_chunk(wire) is still.hub._in_chunk(wire)

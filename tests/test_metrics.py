@@ -94,12 +94,12 @@ def test_what_is_scraped_is_exact_at_once(
     with client_stream(client, "/stream?lastEventId=of-another-life") as stream:
         assert stream.next().type == "reset"
     after = scraped(registry)
-    assert open_ones["subscriptions"] == 2
+    assert open_ones["places_taken"] == 1
     prefixes = {name: value for name, value in open_ones.items() if name[:12] == "subscribers/"}
     assert prefixes == {
         "subscribers/sse": 1, "subscribers/room": 1, "subscribers/news": 1, "subscribers/other": 0
     }  # fmt: skip
-    assert after["subscriptions"] == 0
+    assert after["places_taken"] == 0
     assert "subscribers/sse" not in after
     counted = ("published", "connects", "replays", "resets", "ends_total/left")
     assert [after[f"{name}_total" if "/" not in name else name] for name in counted] == [
@@ -196,7 +196,7 @@ def test_without_a_limit_or_a_hub_there_is_none(
     make_app: Callable[..., Flask], registry: CollectorRegistry
 ) -> None:
     app = make_app(HIJACK=False)
-    state_of(app).max_subscribers = None
+    state_of(app).places.max_all = None
     metrics.instrument(app, registry)
     found = scraped(registry)
     assert "max_subscribers" not in found
@@ -378,7 +378,7 @@ def test_every_worker_says_what_all_of_them_have(
         comers = len(lost) + 1 + len(kept)
         id = httpx.post(f"{server.url}/publish").text
         expected: Samples = {
-            "subscribers/sse": comers, "subscribers/user": comers, "subscriptions": comers,
+            "subscribers/sse": comers, "subscribers/user": comers, "places_taken": comers,
             "max_subscribers": 200, "connects_total": comers, "ends_total/left": 0,
             "ends_total/failed": 0, "published_total": 1, "deliveries_total": comers,
             "delivered_bytes_total": comers * len(f"data: x\nid: {id}\n\n"),
@@ -391,13 +391,13 @@ def test_every_worker_says_what_all_of_them_have(
         # What was counted is not lost with the process; what it had open is.
         expected |= {
             "subscribers/sse": len(kept), "subscribers/user": len(kept),
-            "subscriptions": len(kept), "max_subscribers": 100, "ends_total/left": 1,
+            "places_taken": len(kept), "max_subscribers": 100, "ends_total/left": 1,
         }  # fmt: skip
         site.wait_until_both_say(expected)
         newcomers = sum(map(len, site.subscribe(1).values()))
         expected |= {"max_subscribers": 200, "connects_total": comers + newcomers}
         site.wait_until_both_say({**expected, **dict.fromkeys(
-            ["subscribers/sse", "subscribers/user", "subscriptions"], len(kept) + newcomers
+            ["subscribers/sse", "subscribers/user", "places_taken"], len(kept) + newcomers
         )})  # fmt: skip
         server.stop()
         assert "Traceback" not in server.log()

@@ -7,7 +7,7 @@ from werkzeug.exceptions import ServiceUnavailable
 
 from flask_eventstream import ServerSentEvent
 from flask_eventstream.errors import BrokerUnavailableError
-from flask_eventstream.opening import check_room, come_again, first_events, open_stream, opening
+from flask_eventstream.opening import come_again, first_events, open_stream, opening, take_place
 from flask_eventstream.state import current_state
 
 if TYPE_CHECKING:
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from flask import Flask
 
     from flask_eventstream.state import State
+
+
+def nobody() -> None:
+    pass
 
 
 @pytest.fixture
@@ -33,12 +37,24 @@ def test_a_stream_opens_with_a_comment_and_a_jittered_retry_and_no_blank_line(
     assert 2400 <= times[0] < times[-1] <= 3600
 
 
+def test_what_was_replayed_is_not_kept_once_it_is_sent(state: State) -> None:
+    state.broker.publish("x" * 10_000, channel="news")
+    subscription = state.broker.subscribe("news", history=1)
+    start = first_events(state.config, subscription, None)
+    assert len(start) > 10_000
+    response = open_stream(state, subscription, start, take_place(state, nobody))
+    assert subscription.start == b""
+    response.close()
+
+
 def test_a_stream_begins_with_what_it_is_given(state: State) -> None:
     subscription = state.broker.subscribe("news")
-    response = open_stream(state, subscription, b"data: x\n\n")
+    place = take_place(state, nobody)
+    response = open_stream(state, subscription, b"data: x\n\n", place)
     assert next(iter(response.iter_encoded())).endswith(b"\ndata: x\n\n")
+    assert state.places.taken == 1
     response.close()
-    assert state.broker.subscriptions == 0
+    assert state.broker.subscriptions == state.places.taken == 0
 
 
 def test_who_is_sent_away_for_a_while_gets_the_opening_alone(state: State) -> None:
@@ -48,10 +64,10 @@ def test_who_is_sent_away_for_a_while_gets_the_opening_alone(state: State) -> No
 
 
 def test_there_is_room_or_there_is_503(state: State) -> None:
-    check_room(state)
-    state.max_subscribers = 0
+    take_place(state, nobody).release()
+    state.places.max_all = 0
     with pytest.raises(ServiceUnavailable):
-        check_room(state)
+        take_place(state, nobody)
 
 
 def test_a_snapshot_comes_behind_what_was_missed(state: State) -> None:

@@ -14,7 +14,7 @@ def test_an_app_has_what_its_configuration_says() -> None:
     app.config.update(EVENTSTREAM_MAX_SUBSCRIBERS=7, EVENTSTREAM_HIJACK=False)
     state = new_state(app)
     assert isinstance(state.broker, MemoryBroker)
-    assert (state.max_subscribers, state.hub, state.has_warned) == (7, None, False)
+    assert (state.places.max_all, state.hub, state.has_warned) == (7, None, False)
     app.config["EVENTSTREAM_HIJACK"] = True
     assert new_state(app).hub is not None
 

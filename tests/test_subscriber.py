@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flask_eventstream import MemoryBroker
-from flask_eventstream.subscriber import ending, framed
+from flask_eventstream.subscriber import Frames, ending, framed
 
 if TYPE_CHECKING:
     from flask_eventstream.subscriber import Source
@@ -41,3 +41,9 @@ def test_a_stream_ends_with_its_farewell_and_the_last_chunk(
 def test_the_channels_of_a_subscription_are_a_source() -> None:
     source: Source = MemoryBroker().subscribe().channel_set
     assert source.read(0) == (b"", 0)
+
+
+def test_an_event_goes_to_many_groups_in_the_same_frame() -> None:
+    frames, wire = Frames(), b"data: x\n\n"
+    assert frames.in_chunk(wire) is frames.in_chunk(wire)
+    assert frames.in_chunk(b":\n") == b"2\r\n:\n\r\n"
