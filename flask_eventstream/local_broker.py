@@ -48,7 +48,6 @@ class LocalBroker(Broker):
         connected; 30 by default.
     :param max_run_bytes: how much of a run's log is kept; 8 MiB by default.
     :param clock: a clock in seconds that never goes back; :func:`time.monotonic` by default.
-    :ivar published: how many events this process has published, each once.
     :ivar replays: how many subscriptions began with exactly what came after their cursor.
     :ivar resets: and how many with a ``reset``.
     :ivar revocation_log: what all processes know of revoked rights; ``None`` if there is only one.
@@ -87,7 +86,7 @@ class LocalBroker(Broker):
         # Once more in every forked child, which has none of its parent's subscribers, and whose
         # copy of the mutex may be held by a thread that it does not have.
         self._mutex = concurrency.new_mutex()
-        self.published = self.replays = self.resets = 0
+        self._published = self.replays = self.resets = 0
         self._channels = self._new_channels()
         self._watches = [self._channels.watch(ring) for ring in self._rings]
         self._leaving: deque[ChannelSet] = deque()
@@ -166,6 +165,11 @@ class LocalBroker(Broker):
     @abstractmethod
     def mint(self, position: int) -> str:
         """Return the cursor that stands for a position."""
+
+    @property
+    def published(self) -> int:
+        """How many events this process has published, each once."""
+        return self._published
 
     @property
     def subscriptions(self) -> int:

@@ -181,7 +181,7 @@ class RedisBroker(LocalBroker):
 
     def _note(self, names: Sequence[str], last_id: str, events: int) -> None:
         with self._mutex:
-            self.published += events
+            self._published += events
             position = self._feeds.position_of(last_id)
             if position is not None and any(name in self._feeds for name in names):
                 self._expected = max(self._expected, position)

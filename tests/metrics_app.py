@@ -24,7 +24,7 @@ metrics._SECONDS = 0.1
 def create_app() -> Flask:
     app = Flask(__name__)
     app.config["EVENTSTREAM_BROKER_URL"] = os.environ["REDIS_URL"]
-    app.config["EVENTSTREAM_MAX_SUBSCRIBERS"] = 100
+    app.config["EVENTSTREAM_MAX_SUBSCRIBERS"] = 1000
     app.register_blueprint(eventstream)
     metrics.instrument(app)
 
