@@ -23,7 +23,9 @@ test: $(VENV)/.test
 	$(BIN)/python -m fuzz & fuzz=$$!; \
 	sh tests/install_system_parts.sh && $(MAKE) lint && wait $$fuzz || { kill $$fuzz; exit 1; }
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -m beside > beside.log 2>&1 & beside=$$!; \
+	$(BIN)/coverage run -m pytest -m "not beside"; status=$$?; \
+	wait $$beside || status=1; cat beside.log; exit $$status
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -51,9 +53,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/fanout.py
 	$(BIN)/python benchmarks/redis_broker.py
 	$(BIN)/python benchmarks/runs.py
+	$(BIN)/python -m benchmarks.shutdown
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info
+	rm -rf $(VENV) beside.log build dist docs/_build *.egg-info
 
 # Debian keeps ensurepip in a package of its own, without which venv fails.
 $(BIN)/python:

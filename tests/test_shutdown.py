@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +17,7 @@ import pytest
 from flask_eventstream.shutdown import Shutdown, farewell
 
 from .servers import ROOT, Server, free_port, gunicorn, running, wait_for
-from .stress import request
+from .stress import Readers, request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,65 +36,10 @@ OPTIONS = {
 FAREWELL = re.compile(rb"retry: \d+\n\r\n0\r\n\r\n\Z")
 
 
-class Clients:
-    """Connections that are read to their end, by a thread, and closed there, as browsers do."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._poll = select.epoll()
-        self._open: dict[int, socket.socket] = {}
-        self._ended: list[socket.socket] = []
-        self._is_over = False
-        self.wires: dict[int, bytes] = {}
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def connect(self, path: str, number: int = 1, method: str = "GET") -> list[int]:
-        """Open some streams; return their numbers once all of them have begun."""
-        numbers = [self._connect(path, method) for _ in range(number)]
-        wait_for(lambda: all(b"\r\n\r\n" in self.wires[one] for one in numbers), what=path)
-        return numbers
-
-    def _connect(self, path: str, method: str) -> int:
-        client = socket.create_connection(("127.0.0.1", self._port), 20)
-        client.sendall(request(path).replace(b"GET", method.encode()))
-        self.wires[client.fileno()] = b""
-        self._open[client.fileno()] = client
-        self._poll.register(client, select.EPOLLIN)
-        return client.fileno()
-
-    def _read(self) -> None:
-        while not self._is_over:
-            for descriptor, _ in self._poll.poll(0.1):
-                try:
-                    data = self._open[descriptor].recv(1 << 16)
-                except ConnectionResetError:
-                    data = b""
-                self.wires[descriptor] += data
-                if not data:
-                    self._poll.unregister(descriptor)
-                    # Its number stays its own until the test is over.
-                    self._ended.append(self._open.pop(descriptor))
-                    with suppress(OSError):
-                        self._ended[-1].shutdown(socket.SHUT_RDWR)
-
-    def ends(self, numbers: list[int]) -> list[bytes]:
-        """Return the last bytes of some streams, once they have ended."""
-        wait_for(lambda: not self._open.keys() & set(numbers), what="the ends of the streams")
-        return [self.wires[one][-200:] for one in numbers]
-
-    def close(self) -> None:
-        self._is_over = True
-        self._thread.join()
-        for client in (*self._open.values(), *self._ended):
-            client.close()
-        self._poll.close()
-
-
 @contextmanager
-def stage(command: list[str], port: int) -> Iterator[tuple[Server, Clients]]:
+def stage(command: list[str], port: int) -> Iterator[tuple[Server, Readers]]:
     with running(command, port) as server:
-        clients = Clients(port)
+        clients = Readers(port)
         try:
             yield server, clients
         finally:
@@ -103,7 +47,7 @@ def stage(command: list[str], port: int) -> Iterator[tuple[Server, Clients]]:
 
 
 @contextmanager
-def serving(worker: str, *, hijack: bool) -> Iterator[tuple[Server, Clients]]:
+def serving(worker: str, *, hijack: bool) -> Iterator[tuple[Server, Readers]]:
     port, app = free_port(), f"tests.apps:create_app({{'EVENTSTREAM_HIJACK': {hijack}}})"
     command = gunicorn(app, worker, *OPTIONS[worker], "--graceful-timeout", "30", port=port)
     with stage(command, port) as both:
@@ -228,7 +172,7 @@ def test_a_change_of_the_code_restarts_flasks_own_server_at_once(tmp_path: Path)
     port, environ = free_port(), {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = flask_run(port, "--debug", app="changed_app:app")
     with running(command, port, environ) as server:
-        clients = Clients(port)
+        clients = Readers(port)
         try:
             streams = clients.connect("/stream", 10)
             streams += clients.connect("/stream/mute", 2)
