@@ -100,6 +100,11 @@ class Runs:
         return True
 
     @property
+    def active(self) -> int:
+        """How many there are whose producer goes on."""
+        return len(self._active)
+
+    @property
     def is_busy(self) -> bool:
         """Whether there is a run that goes on."""
         return bool(self._active)
