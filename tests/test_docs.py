@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import fields
 from http.client import HTTPConnection, HTTPResponse, IncompleteRead
 from pathlib import Path
@@ -350,6 +350,33 @@ def test_a_client_that_leaves_nginx_is_noticed_by_the_app(tmp_path: Path) -> Non
             assert reader.chunk()
             assert state(server)["subscribers"] == 1
         wait_for(lambda: state(server)["subscribers"] == 0, what="nobody to be subscribed")
+
+
+BEHIND_PROXY = """
+from werkzeug.middleware.proxy_fix import ProxyFix
+from tests.apps import create_app
+
+app = create_app({"EVENTSTREAM_MAX_SUBSCRIBERS_PER_ADDRESS": 1})
+app.wsgi_app = ProxyFix(app.wsgi_app)
+"""
+
+
+@pytest.mark.parametrize("is_set", [True, False])
+def test_behind_nginx_nobody_gives_himself_another_address(tmp_path: Path, is_set: bool) -> None:
+    (tmp_path / "behind_proxy.py").write_text(BEHIND_PROXY, "utf-8")
+    line = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
+    without = [] if is_set else [(line, "")]
+    path = f"--pythonpath={tmp_path}"
+    with serving("behind_proxy:app", "gthread", path) as server:
+        with nginx(tmp_path, server.port, *without) as proxy, ExitStack() as open_ones:
+            statuses = []
+            for address in ("198.51.100.7", "198.51.100.8"):
+                connection = open_ones.enter_context(
+                    closing(HTTPConnection("127.0.0.1", proxy.port, timeout=AT_ONCE))
+                )
+                connection.request("GET", "/stream", headers={"X-Forwarded-For": address})
+                statuses.append(connection.getresponse().status)
+    assert statuses == [200, 429 if is_set else 200]
 
 
 def test_without_two_of_the_directives_nginx_would_hold_events_back(tmp_path: Path) -> None:
