@@ -140,15 +140,17 @@ FAILURE = "source.onerror = () => show(`error ${source.readyState}`);"
 
 def test_a_page_of_an_allowed_origin_reads_a_stream_with_its_cookie(stage: Stage) -> None:
     page = stage.page(stage.allowed)
+    asked_before = stage.asked("OPTIONS", "/stream", stage.allowed)
     with page.expect_response(f"{stage.there}/stream?**"):
         stage.run(page, WITH_COOKIE)
     stage.post("/publish/one")
     page.wait_for_function("shown.length === 1")
-    # It returns with its cursor, which is a header that nobody has to allow.
+    # It returns with its cursor, a header that the browser asks no permission for.
     stage.post("/end")
     stage.post("/publish/two")
     page.wait_for_function("shown.length === 2")
     assert page.evaluate("shown") == ["one", "two"]
+    assert stage.asked("OPTIONS", "/stream", stage.allowed) == asked_before
 
 
 def test_without_with_credentials_no_cookie_is_sent(stage: Stage) -> None:
