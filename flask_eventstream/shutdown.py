@@ -7,8 +7,8 @@ and that is looked at as long as there are streams. Other servers stop, and then
 ends.
 
 1. Runs are given up: the end of each is written to its log.
-2. Who waits in a thread or greenlet of the server is woken, or thrown out of a view that waits.
-3. The hub sends what there is, and ends its streams.
+2. The hub sends what there is, and ends its streams.
+3. Who waits in a thread or greenlet of the server is woken, or thrown out of a view that waits.
 4. Who has not left after a while is held up by a client that takes nothing: that is cut off.
 """
 
