@@ -207,7 +207,8 @@ class Shutdown:
 
     def _wait_for_streams(self, seconds: float) -> None:
         def have_left() -> bool:
-            return not self._streams
+            # Of a stream that has left, the server may still have to send the end of the body.
+            return not (self._streams or self._cuts)
 
         concurrency.look_until(have_left, seconds, in_greenlet=self._is_greenlet)
 

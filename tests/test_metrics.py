@@ -268,6 +268,7 @@ def test_a_failure_is_logged_once_and_ends_the_thread(
     threads = threading.active_count()
     monkeypatch.setattr(metrics.Mirror, "update", lambda mirror: 1 / 0)
     mirror = metrics.Mirror(state, prometheus_client.CollectorRegistry())
+    wait_for(lambda: caplog.records)
     wait_for(lambda: threading.active_count() <= threads)
     [record] = caplog.records
     assert "cannot be told to Prometheus" in record.message

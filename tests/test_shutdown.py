@@ -265,6 +265,22 @@ def test_a_connection_is_cut_that_does_not_end_in_time_and_no_other() -> None:
     assert not other.is_cut
 
 
+def test_a_connection_is_not_cut_while_the_server_sends_the_end_of_its_stream() -> None:
+    shutdown = Shutdown()
+    held, late = Held(shutdown), Held(shutdown)
+    shutdown.enter(late)
+    on_sent = shutdown.cut_late(held.cut)
+    stopping = threading.Thread(target=shutdown.begin)
+    stopping.start()
+    wait_for(lambda: shutdown.has_begun)
+    shutdown.leave(late)
+    # It would be cut at once if only streams were waited for.
+    stopping.join(0.1)
+    assert not held.is_cut
+    on_sent()
+    stopping.join(20)
+
+
 def test_a_connection_is_not_kept_for_another_request_once_the_server_stops() -> None:
     shutdown = Shutdown()
     held = Held(shutdown)
