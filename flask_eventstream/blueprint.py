@@ -211,13 +211,18 @@ class EventStream(Rights):
         return current_state().broker.last_event_id(channel)
 
     def subscriber_count(self, channel: str | None = None) -> int:
-        """Return how many subscribers a channel has, or the whole broker without a channel."""
+        """Return how many subscribers a channel has, or the whole broker without a channel.
+
+        :raises InvalidFieldError: if the channel's name is not valid.
+        """
         return current_state().broker.subscriber_count(channel)
 
     def disconnect(self, channel: str) -> int:
         """End every stream that reads a channel, and return how many there were.
 
         Browsers reconnect after their ``retry``, and are asked for their rights anew.
+
+        :raises InvalidFieldError: if the channel's name is not valid.
         """
         return current_state().broker.disconnect(channel)
 

@@ -152,7 +152,10 @@ class Broker(ABC):
 
     @abstractmethod
     def subscriber_count(self, channel: str | None = None) -> int:
-        """Return how many subscriptions a channel has, or the whole broker without a channel."""
+        """Return how many subscriptions a channel has, or the whole broker without a channel.
+
+        :raises InvalidFieldError: if the channel's name is not valid.
+        """
 
     @abstractmethod
     def channels(self) -> dict[str, int]:
@@ -174,6 +177,8 @@ class Broker(ABC):
         """End every subscription that reads a channel, and return how many there were.
 
         They still get what was published before, and nothing after.
+
+        :raises InvalidFieldError: if the channel's name is not valid.
         """
 
     @abstractmethod

@@ -291,6 +291,8 @@ class RedisBroker(LocalBroker):
 
         :raises BrokerUnavailableError: if Redis does not answer.
         """
+        if channel is not None:
+            channel_names(channel)
         local = self.subscriptions if channel is None else self._local_count(channel)
         return local + self._presence.count_others(channel or "")
 

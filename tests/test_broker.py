@@ -393,7 +393,7 @@ def test_closing_the_broker_wakes_who_waits(broker: Broker) -> None:
     assert taken == [None]
 
 
-BAD_NAMES = ["", "a\nb", "\0", "\x7f", "\x85", "\ud800", "x" * 256, None, 7]
+BAD_NAMES = ["", "a\nb", "\0", "\x7f", "\x85", "\ud800", "\x1frun:x", "x" * 256, None, 7]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -402,6 +402,8 @@ def test_a_name_that_no_channel_can_have_is_refused(broker: Broker, name: Any) -
         lambda: broker.publish("x", channel=[name]),
         lambda: broker.subscribe(name),
         lambda: broker.last_event_id(name) if isinstance(name, str) else channel_names([name]),
+        lambda: broker.disconnect(name) if isinstance(name, str) else channel_names([name]),
+        lambda: broker.subscriber_count(name) if isinstance(name, str) else channel_names([name]),
     ):
         with pytest.raises(InvalidFieldError) as caught:
             act()
