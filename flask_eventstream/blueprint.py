@@ -74,7 +74,7 @@ class EventStream(Rights):
         :raises BrokerUnavailableError: if the broker is Redis and does not answer, or refuses.
         :raises NotRegisteredError: if the app has no event stream.
         """
-        names = channel if isinstance(channel, str) else tuple(channel)
+        names = channel if isinstance(channel, str) else channel_names(channel)
         event_id = current_state().broker.publish(_sendable(data), type, id, retry, names)
         _tell_of(names, [event_id])
         return event_id
@@ -90,7 +90,7 @@ class EventStream(Rights):
         :returns: the events' ids.
         :raises EventStreamError: as :meth:`publish`.
         """
-        names = channel if isinstance(channel, str) else tuple(channel)
+        names = channel if isinstance(channel, str) else channel_names(channel)
         event_ids = current_state().broker.publish_many(map(_sendable, events), names)
         _tell_of(names, event_ids)
         return event_ids

@@ -294,7 +294,11 @@ def channel_names(channel: str | Iterable[str]) -> tuple[str, ...]:
     :raises InvalidFieldError: if there is none, or one is not a ``str`` of 1 to 255 characters
         without control characters.
     """
-    names = (channel,) if isinstance(channel, str) else tuple(dict.fromkeys(channel))
+    try:
+        names = (channel,) if isinstance(channel, str) else tuple(dict.fromkeys(channel))
+    except TypeError as error:
+        hint = "is neither a str nor several"
+        raise InvalidFieldError("channel", channel, hint) from error
     if not names:
         raise InvalidFieldError("channel", names, "names no channel; give at least one")
     for name in names:

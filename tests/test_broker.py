@@ -411,6 +411,12 @@ def test_a_name_that_no_channel_can_have_is_refused(broker: Broker, name: Any) -
     assert broker.subscriber_count() == 0
 
 
+@pytest.mark.parametrize("channel", [None, 7, [["a"]], [{}], True, object()], ids=ascii)
+def test_what_is_neither_a_name_nor_several_is_refused(channel: Any) -> None:
+    with pytest.raises(InvalidFieldError, match="channel="):
+        channel_names(channel)
+
+
 def test_no_channel_at_all_is_refused(broker: Broker) -> None:
     with pytest.raises(InvalidFieldError, match="at least one"):
         broker.publish("x", channel=[])
