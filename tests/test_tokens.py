@@ -103,16 +103,18 @@ def test_only_the_apps_own_keys_salt_and_digest_count() -> None:
         verified(text(), [])
 
 
+TIMES: list[Any] = ["9e9", None, [], math.nan, math.inf, -math.inf, 10**400, 1e300]
+CLAIMS: list[Any] = [None, [], "x"]
 OTHER_PAYLOADS: list[Any] = [
     None, 7, "x", [], {}, ["channels"], {**PAYLOAD, "more": 1},
     *({name: PAYLOAD[name] for name in PAYLOAD if name != left_out} for left_out in PAYLOAD),
     *({**PAYLOAD, "channels": names} for names in ("ab", {"a": 1}, [7], ["a", None], None)),
     *({**PAYLOAD, "user": user} for user in (7, True, ["me"])),
-    *({**PAYLOAD, "claims": claims} for claims in (None, [], "x")),
+    *({**PAYLOAD, "claims": claims} for claims in CLAIMS),
     *(
         {**PAYLOAD, name: time}
         for name in ("issued", "expires")
-        for time in ("9e9", None, [], math.nan, math.inf, -math.inf, 10**400, 1e300)
+        for time in TIMES
     ),
 ]  # fmt: skip
 
