@@ -181,10 +181,14 @@ def test_clients_that_take_nothing_and_send_slowly_harm_nobody(kind: str) -> Non
         stack.enter_context(ordinary_requests(server))
         for number in range(half):
             come(number).socket.sendall(request()[:20])
-        visitors = [come(number) for number in range(MANY)]
-        for visitor in visitors[slow:]:
-            visitor.socket.sendall(request())
-        send_slowly(visitors[:slow])
+        visitors = [come(number) for number in range(slow)]
+        send_slowly(visitors)
+        for number in range(slow, MANY):
+            visitors.append(come(number))
+            visitors[-1].socket.sendall(request())
+            if number % 20 == 0:
+                # A queue of hundreds would be a matter of the machine's speed.
+                visitors[-1].socket.recv(1, socket.MSG_PEEK)
         wait_for_subscribers(server, places)
         publish(server)
         codes = Counter(visitor.status() for visitor in visitors)
