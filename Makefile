@@ -6,7 +6,10 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 WORKERS ?= 1
 
-.PHONY: example test lint docs bench clean
+SECONDS ?= 60
+MINUTES ?= 10
+
+.PHONY: example test lint fuzz soak docs bench clean
 
 example: $(VENV)/.example
 	@echo "Open http://$(HOST):$(PORT)/ in two tabs. Ctrl-C ends it."
@@ -17,10 +20,12 @@ endif
 		$(BIN)/gunicorn -k gevent -w $(WORKERS) -b $(HOST):$(PORT) "example_app:create_app()"
 
 test: $(VENV)/.test
-	sh tests/install_system_parts.sh
-	$(MAKE) lint
+	$(BIN)/python -m fuzz & fuzz=$$!; \
+	sh tests/install_system_parts.sh && $(MAKE) lint && wait $$fuzz || { kill $$fuzz; exit 1; }
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -m beside > beside.log 2>&1 & beside=$$!; \
+	$(BIN)/coverage run -m pytest -m "not beside"; status=$$?; \
+	wait $$beside || status=1; cat beside.log; exit $$status
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -28,6 +33,13 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -m fuzz --seconds $(SECONDS)
+
+soak: $(VENV)/.test
+	sh tests/install_system_parts.sh redis
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 docs: $(VENV)/.test
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
@@ -41,9 +53,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/fanout.py
 	$(BIN)/python benchmarks/redis_broker.py
 	$(BIN)/python benchmarks/runs.py
+	$(BIN)/python -m benchmarks.shutdown
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info
+	rm -rf $(VENV) beside.log build dist docs/_build *.egg-info
 
 # Debian keeps ensurepip in a package of its own, without which venv fails.
 $(BIN)/python:

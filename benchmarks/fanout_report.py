@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fanout_servers import LIMIT, servers
 from fanout_session import BURST_EVENTS
+from measuring import print_columns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -166,13 +167,6 @@ def _cell(results: Results, name: str, subscribers: int, column: Column, sets: s
     if not column.has_ratio or ratio is None:
         return text
     return text + (" " * len(" ( 1.00 x)") if name == LIMIT else f" ({ratio:5.2f} x)")
-
-
-def print_columns(lines: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    for name, *cells in lines:
-        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        print("  ".join([name.ljust(widths[0]), *right]).rstrip())
 
 
 class Bar(NamedTuple):

@@ -50,7 +50,7 @@ class Table(NamedTuple):
         for workload, figures in self.rows.items():
             lines.append([workload, *(self._cell(figures, name) for name in names)])
         print(f"\n{self.title} [{self.unit}]\n")
-        _print_columns(lines)
+        print_columns(lines)
 
     def _cell(self, figures: Figures, name: str) -> str:
         if name not in figures:
@@ -63,7 +63,7 @@ class Table(NamedTuple):
         return f"{number} ({figures[name] / figures[self.reference]:5.2f} x)"
 
 
-def _print_columns(lines: Sequence[Sequence[str]]) -> None:
+def print_columns(lines: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for name, *cells in lines:
         right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))

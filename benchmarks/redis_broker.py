@@ -29,10 +29,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from fanout_report import Bar, print_bars, print_columns
+from fanout_report import Bar, print_bars
 from fanout_servers import program_versions, redis_server, running
 from fanout_session import Load, percentiles
-from measuring import print_machine, raise_descriptor_limit
+from measuring import print_columns, print_machine, raise_descriptor_limit
 from redis_sessions import FLASK_SSE, INSIDE, MEMORY, OUTSIDE, WORKERS, Found, Rounds, publish
 
 if TYPE_CHECKING:

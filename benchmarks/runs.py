@@ -38,10 +38,10 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from fanout_clients import CrowdError
-from fanout_report import Bar, print_bars, print_columns
+from fanout_report import Bar, print_bars
 from fanout_servers import AbsentError, Server, Stage, gunicorn_command, running, uvicorn_commands
 from fanout_session import percentiles
-from measuring import print_machine, raise_descriptor_limit
+from measuring import print_columns, print_machine, raise_descriptor_limit
 from runs_clients import Clients
 
 if TYPE_CHECKING:

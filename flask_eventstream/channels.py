@@ -6,7 +6,7 @@ done once for each set, and not for each subscriber.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
 from .history import Entry, History, in_order
@@ -142,13 +142,9 @@ class Channels:
         channel = self._channels.get(name)
         return sum(one.size for one in channel.sets) if channel else 0
 
-    def counts(self) -> Counter[str]:
-        """Return how many subscriptions each channel has that is read."""
-        counts: Counter[str] = Counter()
-        for channel_set in self._sets.values():
-            for name in channel_set.names:
-                counts[name] += channel_set.size
-        return counts
+    def sets(self) -> list[ChannelSet]:
+        """Return the sets that are read."""
+        return list(self._sets.values())
 
     def histories(self, names: Iterable[str]) -> list[History]:
         """Return what is kept of those of some channels that are in use."""

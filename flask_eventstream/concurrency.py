@@ -257,6 +257,17 @@ def call_after_fork(method: Callable[[], None]) -> None:
     os.register_at_fork(after_in_child=_if_alive(method))
 
 
+def hold_through_forks(mutex: Mutex) -> None:
+    """Have processes forked only while nobody else holds a mutex, so that the child's is free.
+
+    So nobody is in the middle of what it protects, other locks included, which the child could
+    never take. Such a hook can never be taken back.
+    """
+    os.register_at_fork(
+        before=mutex.acquire, after_in_parent=mutex.release, after_in_child=mutex.release
+    )
+
+
 def call_at_exit(method: Callable[[], None]) -> None:
     """Call a bound method when the interpreter ends, if its object is still alive."""
     atexit.register(_if_alive(method))

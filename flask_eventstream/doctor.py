@@ -87,7 +87,7 @@ def check_server(settings: Settings | None, config: Config) -> Iterator[Finding]
     yield from _check_workers(settings)
     if settings.max_requests:
         what = f"a worker ends after {settings.max_requests:,} requests, with all its streams"
-        yield Finding("warn", what, "leave out --max-requests: they would all return at once")
+        yield Finding("warn", what, "leave out --max-requests: all of them would have to return")
 
 
 def _check_processes(settings: Settings, config: Config) -> Iterator[Finding]:

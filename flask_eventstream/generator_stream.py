@@ -116,7 +116,7 @@ def body_of(
     if heartbeat is not None:
         check_seconds("heartbeat", heartbeat)
         return _with_heartbeats(items, encoder, shutdown, heartbeat)
-    shutdown.enter(turn)
+    shutdown.enter(turn, is_generated=True)
     return cast("Generator[bytes, None, None]", stream_with_context(items))
 
 
@@ -169,7 +169,7 @@ def _with_heartbeats(
     producers = Producers([items], carry_context)
     silence = Silence(heartbeat)
     has_started = False
-    shutdown.enter(producers)
+    shutdown.enter(producers, is_generated=True)
     try:
         while (wire := producers.get(silence.pause)) is not END:
             yield silence.broken_by(HEARTBEAT if wire is NOTHING else wire)

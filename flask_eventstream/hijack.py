@@ -78,33 +78,42 @@ def server_socket(environ: Mapping[str, Any]) -> ServerSocket | None:
 
 def cutter(environ: Mapping[str, Any]) -> Callable[[], None] | None:
     """Return what cuts the connection of a request, from any thread, if its server is known."""
-    found = environ.get("gunicorn.socket", environ.get("werkzeug.socket"))
-    if found is None or not descriptors.IS_AVAILABLE:
+    found = _socket_in(environ) if descriptors.IS_AVAILABLE else None
+    if found is None:
         return None
     # By its descriptor as it is then, -1 once it is closed. gevent's own shutdown() would have who
     # waits for it fail with an error that its servers log.
     return lambda: descriptors.cut(found.fileno())
 
 
+def _socket_in(environ: Mapping[str, Any]) -> Any:
+    for key in ("gunicorn.socket", "werkzeug.socket"):
+        if key in environ:
+            return environ[key]
+    body = environ.get("wsgi.input")
+    if body.__class__.__module__ != "gevent.pywsgi":
+        return None
+    return getattr(getattr(getattr(body, "rfile", None), "raw", None), "_sock", None)
+
+
 def _found_in(environ: Mapping[str, Any], body: Any) -> ServerSocket | None:
+    found = _socket_in(environ)
+    if found is None:
+        return None
     if "gunicorn.socket" in environ:
         if not environ.get("wsgi.multithread"):
             # The sync worker closes each connection, and so never reads on. To iterate would keep
             # everybody else waiting, until gunicorn kills the worker with all its streams.
-            return ServerSocket(environ["gunicorn.socket"], bytes)
-        if body.reader.length:
-            return None
-        return ServerSocket(environ["gunicorn.socket"], body.reader.unreader.buf.getvalue)
+            return ServerSocket(found, bytes)
+        return (
+            None if body.reader.length else ServerSocket(found, body.reader.unreader.buf.getvalue)
+        )
     if "werkzeug.socket" in environ:
         # It closes each connection too. With processes, the one that serves this request ends now.
-        if environ.get("wsgi.multiprocess"):
-            return None
-        return ServerSocket(environ["werkzeug.socket"], bytes)
-    if body.__class__.__module__ != "gevent.pywsgi":
-        return None
+        return None if environ.get("wsgi.multiprocess") else ServerSocket(found, bytes)
     if body.chunked_input or body.position < (body.content_length or 0):
         return None
-    return ServerSocket(body.rfile.raw._sock, partial(body.rfile.peek, 1))
+    return ServerSocket(found, partial(body.rfile.peek, 1))
 
 
 def _is_plain(found: socket.socket) -> bool:

@@ -48,6 +48,8 @@ class LocalBroker(Broker):
         connected; 30 by default.
     :param max_run_bytes: how much of a run's log is kept; 8 MiB by default.
     :param clock: a clock in seconds that never goes back; :func:`time.monotonic` by default.
+    :ivar replays: how many subscriptions began with exactly what came after their cursor.
+    :ivar resets: and how many with a ``reset``.
     :ivar revocation_log: what all processes know of revoked rights; ``None`` if there is only one.
     """
 
@@ -84,6 +86,7 @@ class LocalBroker(Broker):
         # Once more in every forked child, which has none of its parent's subscribers, and whose
         # copy of the mutex may be held by a thread that it does not have.
         self._mutex = concurrency.new_mutex()
+        self._published = self.replays = self.resets = 0
         self._channels = self._new_channels()
         self._watches = [self._channels.watch(ring) for ring in self._rings]
         self._leaving: deque[ChannelSet] = deque()
@@ -139,7 +142,9 @@ class LocalBroker(Broker):
             return joined(newest[-history:] if history > 0 else []), False
         seq = self._seq_of(cursor, kept)
         if seq is not None and max(one.complete_since(now) for one in kept) <= seq <= last:
+            self.replays += 1
             return joined(_up_to(last, (one.after(seq) for one in kept))), True
+        self.resets += 1
         left = _up_to(last, (one.replayable(now) for one in kept))
         earliest = (left[0].id or self.mint(left[0].seq)) if left else None
         position = left[0].seq - 1 if left else last
@@ -162,6 +167,11 @@ class LocalBroker(Broker):
         """Return the cursor that stands for a position."""
 
     @property
+    def published(self) -> int:
+        """How many events this process has published, each once."""
+        return self._published
+
+    @property
     def subscriptions(self) -> int:
         """How many subscriptions this process has."""
         with self._mutex:
@@ -179,9 +189,26 @@ class LocalBroker(Broker):
         return {name: count for name, count in counts if not name.startswith(LOG_PREFIX)}
 
     def _counts(self) -> Counter[str]:
+        return self._count(lambda names: names)
+
+    def prefixes(self) -> Counter[str]:
+        """Return how many subscriptions of this process read channels of each prefix.
+
+        The prefix is what comes before the first colon of a name, or all of it; that of logs is
+        ``run``. Who reads several channels of a prefix counts once.
+        """
+        return self._count(lambda names: {_prefix(name) for name in names})
+
+    def _count(self, keys: Callable[[tuple[str, ...]], Iterable[str]]) -> Counter[str]:
         with self._mutex:
             self._remove_leaving()
-            return self._channels.counts()
+            channel_sets = self._channels.sets()
+        counts: Counter[str] = Counter()
+        # Without the mutex, as there may be many, and whoever publishes would wait.
+        for channel_set in channel_sets:
+            for key in keys(channel_set.names):
+                counts[key] += channel_set.size
+        return counts
 
     def ping(self) -> float:
         """Return 0, as there is no server; see :meth:`Broker.ping`."""
@@ -266,6 +293,10 @@ class LocalBroker(Broker):
             for ready in tuple(channel_set.waiting):
                 ready.set()
         return bool(self._channels.subscriptions)
+
+
+def _prefix(name: str) -> str:
+    return "run" if name.startswith(LOG_PREFIX) else name.partition(":")[0] or name
 
 
 def _up_to(last: int, histories: Iterable[list[Entry]]) -> list[Entry]:

@@ -42,6 +42,7 @@ class MemoryBroker(LocalBroker):
         super()._start()
         # With its parent's, a forked child would give other events the same ids.
         self._epoch = secrets.token_hex(4)
+        self._logged = 0
 
     def _append(self, names: Sequence[str], id: str | None, wire: bytes) -> str:
         with self._mutex:
@@ -59,6 +60,12 @@ class MemoryBroker(LocalBroker):
         if is_read:
             self._channels.ring()
         return event_id
+
+    @property
+    def published(self) -> int:
+        """How many events were published; whoever does so has nothing more to count."""
+        with self._mutex:
+            return self._channels.position - self._logged
 
     def _seq_of_minted(self, id: str) -> int | None:
         return seq_of_minted(id, self._epoch)
@@ -90,6 +97,7 @@ class MemoryBroker(LocalBroker):
         with self._mutex:
             self._check_open()
             self._channels.position = seq = self._channels.position + 1
+            self._logged += 1
             entry = Entry(seq, self._clock(), None, wire)
             is_read = self._channels.append((LOG_PREFIX + run,), entry)
         if is_read:

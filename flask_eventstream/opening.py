@@ -121,6 +121,8 @@ def open_stream(
     """
     config = state.config
     first = opening(config) + start
+    # Up to megabytes, which nobody needs twice, for as long as the client stays.
+    subscription.start = b""
     body = SubscriptionBody(
         subscription, first, config.heartbeat, config.max_lifetime, state, place
     )

@@ -109,7 +109,7 @@ class RedisBroker(LocalBroker):
         super()._start()
         self._feeds = Feeds(self._channels, self._clock)
         self._presence = Presence(self._link, self._keys)
-        self._published = 0
+        self._expected = 0
         self._progress = concurrency.Progress()
         self._reader = RedisReader(
             self._link,
@@ -151,6 +151,8 @@ class RedisBroker(LocalBroker):
         except MintedIdError as error:
             raise InvalidFieldError("id", error.id, MINTED_HINT) from error
         self._repeats.end()
+        # The one without a wire ends subscriptions.
+        self._note(names, f"{epoch}-{last}", sum(bool(wire) for _, wire in events))
         first = last - len(events) + 1
         return [id or f"{epoch}-{first + n}" for n, (id, _) in enumerate(events)]
 
@@ -173,26 +175,26 @@ class RedisBroker(LocalBroker):
             epoch, last, now = self._link.call(_publish, keys, arguments, begin)
             self._clock_ahead = now / 1000 - time.monotonic()
             if epoch:
-                self._expect(names, epoch.decode(), last)
                 return epoch.decode(), last
             if time.monotonic() > begin + self._timeout / 2:
                 raise BrokerUnavailableError(self._link.address, "was too slow to take the event")
 
-    def _expect(self, names: Sequence[str], epoch: str, seq: int) -> None:
+    def _note(self, names: Sequence[str], last_id: str, events: int) -> None:
         with self._mutex:
-            position = self._feeds.position_of(f"{epoch}-{seq}")
+            self._published += events
+            position = self._feeds.position_of(last_id)
             if position is not None and any(name in self._feeds for name in names):
-                self._published = max(self._published, position)
+                self._expected = max(self._expected, position)
 
     def settle(self) -> None:
         """Wait until what this process has published has come back to it from Redis."""
-        is_behind = self._channels.position < self._published
+        is_behind = self._channels.position < self._expected
         if is_behind and not self._progress.wait_until(self._is_settled, _SETTLE_SECONDS):
             # It may never come, from a server that has lost it. Once is enough to wait for it.
-            self._published = 0
+            self._expected = 0
 
     def _is_settled(self) -> bool:
-        is_there = self._channels.position >= self._published
+        is_there = self._channels.position >= self._expected
         return is_there or not self._reader.is_connected
 
     def subscribe(

@@ -22,7 +22,7 @@ JOIN_SECONDS = 0.025
 """For how long tokens are joined. 40 writes a second look like a stream to the eye."""
 
 _RETRY_SECONDS = 0.5
-_STOP_SECONDS = 2.0
+_STOP_SECONDS = 0.5
 _logger = logging.getLogger(__name__)
 
 
@@ -100,12 +100,17 @@ class Runs:
         return True
 
     @property
+    def active(self) -> int:
+        """How many there are whose producer goes on."""
+        return len(self._active)
+
+    @property
     def is_busy(self) -> bool:
         """Whether there is a run that goes on."""
         return bool(self._active)
 
     def stop(self) -> None:
-        """Give up all runs, and wait until clients can read that, for 2 seconds at most."""
+        """Give up all runs, and wait until clients can read that, for half a second at most."""
         self._is_stopped = True
         given_up = [run for run in tuple(self._active.values()) if not run.is_over]
         self._due.extend(given_up)

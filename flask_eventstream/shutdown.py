@@ -7,8 +7,8 @@ and that is looked at as long as there are streams. Other servers stop, and then
 ends.
 
 1. Runs are given up: the end of each is written to its log.
-2. Who waits in a thread or greenlet of the server is woken, or thrown out of a view that waits.
-3. The hub sends what there is, and ends its streams.
+2. The hub sends what there is, and ends its streams.
+3. Who waits in a thread or greenlet of the server is woken, or thrown out of a view that waits.
 4. Who has not left after a while is held up by a client that takes nothing: that is cut off.
 """
 
@@ -103,20 +103,35 @@ class Shutdown:
         self._is_over = self._is_watched = self._is_greenlet = False
         self._mutex = concurrency.new_mutex()
         self._progress = concurrency.Progress()
-        self._streams: set[Stream] = set()
+        # Each with whether it is all of a view's response.
+        self._streams: dict[Stream, bool] = {}
         self._ending = 1
         self._cuts: set[Callable[[], None]] = set()
 
-    def enter(self, stream: Stream) -> None:
-        """Have a stream stopped, should the server stop before it leaves."""
-        self._streams.add(stream)
+    def enter(self, stream: Stream, *, is_generated: bool = False) -> None:
+        """Have a stream stopped, should the server stop before it leaves.
+
+        :param stream: the stream.
+        :param is_generated: whether it is a generator stream, and not a part of one.
+        """
+        self._streams[stream] = is_generated
         self.watch()
         if self.has_begun:
             stream.stop()
 
     def leave(self, stream: Stream) -> None:
         """Take note that a stream has ended; more than once does not matter."""
-        self._streams.discard(stream)
+        self._streams.pop(stream, None)
+
+    @property
+    def generator_streams(self) -> int:
+        """How many generator streams are open."""
+        return sum(tuple(self._streams.values()))
+
+    @property
+    def is_greenlet(self) -> bool:
+        """Whether the streams are served by greenlets, as far as there were any."""
+        return self._is_greenlet
 
     def cut_late(self, cut: Callable[[], None]) -> Callable[[], None]:
         """Have a connection cut whose stream has not ended in time.

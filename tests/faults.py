@@ -39,15 +39,18 @@ _RETURN_SECONDS = 0.3
 class Client:
     """A client that returns with its cursor whenever its stream ends, as a browser does.
 
+    :param buffer: how many bytes the kernel takes for it, about; as many as it likes by default.
     :ivar faults: what it got that it should not have, or not then.
     :ivar last: the number of the latest event.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, path: str = "/stream", buffer: int = 0) -> None:
         self.faults: list[str] = []
         self.last = -1
         self.resets = self.connects = 0
         self._port = port
+        self._path = path
+        self._buffer = buffer
         self._cursor = ""
         self._expected: int | None = None
 
@@ -56,14 +59,18 @@ class Client:
         self._rest = b""
         self._has_head = False
         self._parser = EventStreamParser()
-        self.socket = socket.create_connection(("127.0.0.1", self._port), 20)
-        self.socket.sendall(request(last_event_id=self._cursor.encode()))
+        self.socket = socket.socket()
+        if self._buffer:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer)
+        self.socket.settimeout(20)
+        self.socket.connect(("127.0.0.1", self._port))
+        self.socket.sendall(request(self._path, self._cursor.encode()))
         return self.socket
 
-    def read(self) -> bool:
+    def read(self, size: int = 65536) -> bool:
         """Read what is there; tell whether the stream goes on."""
         try:
-            data = self.socket.recv(65536)
+            data = self.socket.recv(size)
         except OSError:
             data = b""
         self._rest += data
@@ -159,20 +166,29 @@ def _connect(
 
 
 class Crowd:
-    """A crowd in a process of its own."""
+    """A crowd in a process of its own.
+
+    :cvar program: the module that is run there.
+    """
+
+    program = "tests.faults"
 
     def __init__(self, port: int, size: int) -> None:
-        command = [sys.executable, "-m", "tests.faults", str(port), str(size)]
+        command = [sys.executable, "-m", self.program, str(port), str(size)]
         environ = {**os.environ, **UNTRACED}
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def figures(self, until: int) -> dict[str, Any]:
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def figures(self, until: Any) -> dict[str, Any]:
         """Return what the clients got, once all have an event, and are connected."""
         assert self._process.stdin
         assert self._process.stdout
-        self._process.stdin.write(f"{until}\n")
+        self._process.stdin.write(f"{json.dumps(until)}\n")
         self._process.stdin.flush()
         figures: dict[str, Any] = json.loads(self._process.stdout.readline())
         return figures
@@ -208,12 +224,15 @@ class Publisher:
         while not self._stopping.wait(self._pause):
             start = time.monotonic()
             try:
-                self._broker.publish(str(self.accepted))
+                self._publish()
                 self.accepted += 1
             except BrokerUnavailableError as error:
                 self.refusals += 1
                 self.reasons.add(str(error))
             self.slowest = max(self.slowest, time.monotonic() - start)
+
+    def _publish(self) -> None:
+        self._broker.publish(str(self.accepted))
 
     def stop(self) -> int:
         """Publish no more, and return the number of the last event that was accepted."""

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +182,62 @@ class Client:
 
     def close(self, rudely: bool = False) -> None:
         close(self.socket, rudely)
+
+
+class Readers:
+    """Connections that are read to their end, by a thread, and closed there, as browsers do."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._poll = select.epoll()
+        self._open: dict[int, socket.socket] = {}
+        self._ended: list[socket.socket] = []
+        self._is_over = False
+        self.wires: dict[int, bytes] = {}
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def connect(self, path: str, number: int = 1, method: str = "GET") -> list[int]:
+        """Open some streams; return their numbers once all of them have begun."""
+        numbers = [self._connect(path, method) for _ in range(number)]
+        wait_for(lambda: all(b"\r\n\r\n" in self.wires[one] for one in numbers), what=path)
+        return numbers
+
+    def _connect(self, path: str, method: str) -> int:
+        client = socket.create_connection(("127.0.0.1", self._port), 20)
+        client.sendall(request(path).replace(b"GET", method.encode()))
+        self.wires[client.fileno()] = b""
+        self._open[client.fileno()] = client
+        self._poll.register(client, select.EPOLLIN)
+        return client.fileno()
+
+    def _read(self) -> None:
+        while not self._is_over:
+            for descriptor, _ in self._poll.poll(0.1):
+                try:
+                    data = self._open[descriptor].recv(1 << 16)
+                except ConnectionResetError:
+                    data = b""
+                self.wires[descriptor] += data
+                if not data:
+                    self._poll.unregister(descriptor)
+                    # Its number stays its own until the test is over.
+                    self._ended.append(self._open.pop(descriptor))
+                    with suppress(OSError):
+                        self._ended[-1].shutdown(socket.SHUT_RDWR)
+
+    def ends(self, numbers: list[int]) -> list[bytes]:
+        """Return the last bytes of some streams, once they have ended."""
+        those = set(numbers)
+        wait_for(lambda: not self._open.keys() & those, what="the ends of the streams")
+        return [self.wires[one][-200:] for one in numbers]
+
+    def close(self) -> None:
+        self._is_over = True
+        self._thread.join()
+        for client in (*self._open.values(), *self._ended):
+            client.close()
+        self._poll.close()
 
 
 def is_ready(client: socket.socket, events: int, timeout: float) -> bool:

@@ -49,8 +49,11 @@ def test_only_some_rooms_know_flask(room: str) -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_redis_stays_in_its_room_and_gevent_is_used_only_where_it_runs(room: str) -> None:
+def test_what_is_optional_stays_in_its_room_and_gevent_is_used_only_where_it_runs(
+    room: str,
+) -> None:
     assert "redis" not in imports(room) or room == "redis_link"
+    assert "prometheus_client" not in imports(room) or room == "metrics"
     assert "gevent" not in imports(room)
 
 

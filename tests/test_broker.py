@@ -59,6 +59,34 @@ def events(subscription: Subscription) -> list[ServerSentEvent]:
     return EventStreamParser().feed(subscription.start + (subscription.take(0) or b""))
 
 
+def test_it_counts_what_it_publishes_replays_and_cannot_replay(
+    make: Callable[..., LocalBroker],
+) -> None:
+    broker = make()
+    cursor = broker.publish("one", channel=["a", "b"])
+    with pytest.raises(InvalidFieldError):
+        broker.publish("refused", id=cursor)
+    broker.publish_many(["two", "three"], channel="a")
+    broker.subscribe("a").close()
+    broker.subscribe("a", history=2).close()
+    for last_event_id in (cursor, broker.last_event_id("a"), "of-another-life"):
+        broker.subscribe("a", last_event_id=last_event_id).close()
+    # It is an event of its own in Redis, that ends subscriptions.
+    broker.disconnect("a")
+    assert (broker.published, broker.replays, broker.resets) == (3, 2, 1)
+
+
+def test_it_counts_its_own_subscriptions_by_the_prefixes_of_their_channels(
+    make: Callable[..., LocalBroker],
+) -> None:
+    broker = make()
+    keep = [broker.subscribe("room:1", "room:2", "news"), broker.subscribe("room:1:x", ":")]
+    keep.append(broker.subscribe_log("id", 0))
+    assert broker.prefixes() == {"room": 2, "news": 1, ":": 1, "run": 1}
+    del keep[0]
+    assert broker.prefixes() == {"room": 1, ":": 1, "run": 1}
+
+
 def test_what_is_published_arrives_as_the_same_bytes(broker: Broker) -> None:
     subscription = broker.subscribe()
     id = broker.publish({"a": 1}, "tick", None, 5)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     MakeApp = Callable[..., Flask]
 
 
+pytestmark = pytest.mark.beside
+
+
 def run(app: Flask, *arguments: str, input: bytes | None = None) -> Result:
     return app.test_cli_runner().invoke(commands, list(arguments), input=input)
 

@@ -176,6 +176,31 @@ def test_a_forked_child_calls_what_is_still_alive() -> None:
     assert alive.calls == 0
 
 
+HELD = """
+import os, threading
+from flask_eventstream import concurrency
+mutex = concurrency.new_mutex()
+concurrency.hold_through_forks(mutex)
+is_held, is_done = threading.Event(), []
+def hold():
+    with mutex:
+        is_held.set()
+        concurrency.original("time", "sleep")(0.1)
+        is_done.append(True)
+threading.Thread(target=hold).start()
+is_held.wait()
+child = os.fork()
+is_free = bool(is_done) and mutex.acquire(blocking=False)
+if child == 0:
+    os._exit(is_free)
+assert is_free and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+"""
+
+
+def test_nobody_forks_while_a_mutex_is_held() -> None:
+    subprocess.run([sys.executable, "-c", HELD], check=True, cwd=ROOT, timeout=DEADLINE)
+
+
 PATCHED = """
 from gevent import monkey; monkey.patch_all()
 import gevent, threading

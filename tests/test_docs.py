@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import fields
 from http.client import HTTPConnection, HTTPResponse, IncompleteRead
 from pathlib import Path
@@ -243,6 +243,35 @@ def test_every_link_of_the_readme_leads_to_a_file() -> None:
     assert all((ROOT / link).is_file() for link in links)
 
 
+# gevent.pywsgi
+
+
+def test_the_program_with_pywsgi_ends_its_streams_when_it_is_told_to_stop(tmp_path: Path) -> None:
+    docs = (DOCS / "operations.rst").read_text("utf-8")
+    [block] = re.findall(r"code-block:: python\n\n((?:      .*\n|\n)+)", docs)
+    port, app = free_port(), "from tests.apps import create_app"
+    program = replaced(dedent(block), ("8000", str(port)), ("from app import app", app))
+    program = replaced(program, (" app)", " create_app())"))
+    (tmp_path / "program.py").write_text(program, "utf-8")
+    command = [sys.executable, str(tmp_path / "program.py")]
+    with running(command, port, {"PYTHONPATH": str(ROOT)}) as server, ExitStack() as open_ones:
+        answers = [answer_of(open_ones, port, path) for path in ("/stream", "/stream/ticks")]
+        assert [answer.readline() for answer in answers] == [b":\n", b"data: 0\n"]
+        server.stop(AT_ONCE)
+        assert server.process.returncode == 0
+        # Read to the last chunk, without which this would be an IncompleteRead.
+        ends = [answer.read().splitlines()[-1] for answer in answers]
+    assert all(end.startswith(b"retry: ") for end in ends)
+
+
+def answer_of(open_ones: ExitStack, port: int, path: str, **headers: str) -> HTTPResponse:
+    """Ask for something on a connection that stays open."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=AT_ONCE)
+    open_ones.enter_context(closing(connection))
+    connection.request("GET", path, headers=headers)
+    return open_ones.enter_context(connection.getresponse())
+
+
 # nginx
 
 
@@ -350,6 +379,30 @@ def test_a_client_that_leaves_nginx_is_noticed_by_the_app(tmp_path: Path) -> Non
             assert reader.chunk()
             assert state(server)["subscribers"] == 1
         wait_for(lambda: state(server)["subscribers"] == 0, what="nobody to be subscribed")
+
+
+BEHIND_PROXY = """
+from werkzeug.middleware.proxy_fix import ProxyFix
+from tests.apps import create_app
+
+app = create_app({"EVENTSTREAM_MAX_SUBSCRIBERS_PER_ADDRESS": 1})
+app.wsgi_app = ProxyFix(app.wsgi_app)
+"""
+
+
+@pytest.mark.parametrize("is_set", [True, False])
+def test_behind_nginx_nobody_gives_himself_another_address(tmp_path: Path, is_set: bool) -> None:
+    (tmp_path / "behind_proxy.py").write_text(BEHIND_PROXY, "utf-8")
+    line = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
+    without = [] if is_set else [(line, "")]
+    path = f"--pythonpath={tmp_path}"
+    with serving("behind_proxy:app", "gthread", path) as server:
+        with nginx(tmp_path, server.port, *without) as proxy, ExitStack() as open_ones:
+            statuses = [
+                answer_of(open_ones, proxy.port, "/stream", **{"X-Forwarded-For": address}).status
+                for address in ("198.51.100.7", "198.51.100.8")
+            ]
+    assert statuses == [200, 429 if is_set else 200]
 
 
 def test_without_two_of_the_directives_nginx_would_hold_events_back(tmp_path: Path) -> None:

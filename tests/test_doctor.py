@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from .redis_server import RedisServer
 
+pytestmark = pytest.mark.beside
+
 LOCAL = Config()
 REDIS = Config(broker_url="redis://user:secret@host/0")
 GEVENT = Settings("gevent", workers=1, threads=1, max_requests=0, timeout=30)

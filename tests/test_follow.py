@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from flask_eventstream.follow import Read
 
 
+pytestmark = pytest.mark.beside
+
+
 class Following:
     """Reads a stream to its end: the events, what was said, and how long each pause was."""
 

@@ -39,6 +39,7 @@ def test_a_log_is_kept_as_a_whole_and_has_a_name_that_nobody_can_give() -> None:
     for n in range(1, 301):
         broker.write_log("run", b"data: x\nid: run.%d\n\n" % n)
         broker.publish("x", channel="news")
+    assert broker.published == 300
     start = broker.subscribe_log("run", 300).start
     assert start.count(b"\n\n") == 300
     with pytest.raises(InvalidFieldError, match="control character"):

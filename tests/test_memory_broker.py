@@ -156,8 +156,8 @@ def test_a_forked_child_starts_a_sequence_of_its_own() -> None:
     child = os.fork()
     if child == 0:
         os.write(writing, broker.last_event_id().encode())
-        os._exit(0)
-    os.waitpid(child, 0)
+        os._exit(broker.published)
+    assert os.waitpid(child, 0)[1] == 0
     broker._mutex.release()
     epoch, _, seq = os.read(reading, 100).decode().partition("-")
     assert seq == "0"

@@ -37,6 +37,16 @@ def test_a_stream_opens_with_a_comment_and_a_jittered_retry_and_no_blank_line(
     assert 2400 <= times[0] < times[-1] <= 3600
 
 
+def test_what_was_replayed_is_not_kept_once_it_is_sent(state: State) -> None:
+    state.broker.publish("x" * 10_000, channel="news")
+    subscription = state.broker.subscribe("news", history=1)
+    start = first_events(state.config, subscription, None)
+    assert len(start) > 10_000
+    response = open_stream(state, subscription, start, take_place(state, nobody))
+    assert subscription.start == b""
+    response.close()
+
+
 def test_a_stream_begins_with_what_it_is_given(state: State) -> None:
     subscription = state.broker.subscribe("news")
     place = take_place(state, nobody)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import base64
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from flask_eventstream import EventStreamParser, ServerSentEvent
 from flask_eventstream.errors import TooLargeError
+from fuzz.parser import cut, parse, read_by_the_letter
 
 CASES: list[dict[str, Any]] = json.loads(
     Path(__file__).with_name("parser_cases.json").read_text(encoding="utf-8")
@@ -72,25 +72,6 @@ def test_the_comments_of_a_public_suite_lose_one_space_where_it_strips_one() -> 
         assert [c.removeprefix(" ") for c in comments] == case["comments_one_space_stripped"]
 
 
-def parse(chunks: list[bytes], max_bytes: int = 1 << 20, hears: bool = True) -> tuple[object, ...]:
-    comments: list[str] = []
-    on_comment = comments.append if hears else None
-    parser = EventStreamParser("first", max_bytes=max_bytes, on_comment=on_comment)
-    events: list[ServerSentEvent] = []
-    is_too_large = False
-    try:
-        for chunk in [*chunks, b""]:
-            events += parser.feed(chunk)
-    except TooLargeError:
-        is_too_large = True
-    return events, comments, parser.last_event_id, parser.reconnection_time, is_too_large
-
-
-def cut(stream: bytes, at: list[int]) -> list[bytes]:
-    places = [0, *sorted(place % (len(stream) + 1) for place in at), len(stream)]
-    return [stream[start:end] for start, end in pairwise(places)]
-
-
 @given(streams, st.lists(st.integers(min_value=0), max_size=9), st.integers(1, 40))
 @example(b"data: x\n\n" * 3, [9], 8)
 @example(b"data: x\n\ndata: yy\n\n", [], 8)
@@ -102,34 +83,6 @@ def test_the_events_do_not_depend_on_the_chunks(
     single = [stream[i : i + 1] for i in range(len(stream))]
     for limit in (1 << 20, max_bytes):
         assert parse([stream], limit) == parse(cut(stream, at), limit) == parse(single, limit)
-
-
-def read_by_the_letter(stream: bytes, id: str) -> tuple[object, ...]:
-    """Do what WHATWG HTML, section 9.2.6, says, a line at a time and nothing faster."""
-    text = stream.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")[:-1]
-    events, comments, retry, last_event_id = [], [], None, id
-    data, type, own_retry, seen = "", "", None, bool(id)
-    for line in lines:
-        field, colon, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if not line:
-            last_event_id = id
-            if data:
-                fields = (data[:-1], type or "message", id if seen else None, own_retry)
-                events.append(ServerSentEvent(*fields))
-            data, type, own_retry = "", "", None
-        elif not field and colon:
-            comments.append(line[1:])
-        elif field == "event":
-            type = value
-        elif field == "data":
-            data += value + "\n"
-        elif field == "id" and "\0" not in value:
-            id, seen = value, True
-        elif field == "retry" and value.isascii() and value.isdigit():
-            retry = own_retry = int(value)
-    return events, comments, last_event_id, retry, False
 
 
 @given(streams, st.lists(st.integers(min_value=0), max_size=9), st.booleans())

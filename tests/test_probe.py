@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from .servers import Server
 
+pytestmark = pytest.mark.beside
+
 # What is expected is later than what comes, so that a busy machine changes nothing.
 OF_THE_APP, HEARTBEAT = 0.2, 0.5
 IGNORED = "proxy_ignore_headers X-Accel-Buffering; proxy_buffering on;"

@@ -541,11 +541,11 @@ def test_what_a_server_has_lost_is_waited_for_only_once(
 ) -> None:
     broker = make(own_redis.url)
     subscription = broker.subscribe()
-    monkeypatch.setattr(broker, "_published", 1_000_000)
+    monkeypatch.setattr(broker, "_expected", 1_000_000)
     begin = time.monotonic()
     assert subscription.take(0) == b""
     assert 0.9 < time.monotonic() - begin < 3
-    assert broker._published == 0
+    assert broker._expected == 0
 
 
 def test_a_batch_that_fails_in_the_middle_tells_what_was_published(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from .redis_server import RedisServer
 
+pytestmark = pytest.mark.beside
+
 CLIENTS = 100
 LEASE = 4.0
 URL = "/stream/count"

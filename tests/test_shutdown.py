@@ -3,91 +3,44 @@
 from __future__ import annotations
 
 import re
-import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .servers import Server, free_port, gunicorn, running, wait_for
-from .stress import request
+from flask_eventstream.shutdown import Shutdown, farewell
+
+from .servers import ROOT, Server, free_port, gunicorn, running, wait_for
+from .stress import Readers, request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from flask import Flask
+
+    from flask_eventstream import EventStream
 
 LIMIT = 2.0
 OPTIONS = {
     "gevent": ["--worker-connections", "1000"],
+    "gevent_pywsgi": ["--worker-connections", "1000"],
     "gthread": ["--threads", "150", "--worker-connections", "1000"],
     "sync": [],
 }
 FAREWELL = re.compile(rb"retry: \d+\n\r\n0\r\n\r\n\Z")
 
 
-class Clients:
-    """Connections that are read to their end, by a thread, and closed there, as browsers do."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._poll = select.epoll()
-        self._open: dict[int, socket.socket] = {}
-        self._ended: list[socket.socket] = []
-        self._is_over = False
-        self.wires: dict[int, bytes] = {}
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def connect(self, path: str, number: int = 1, method: str = "GET") -> list[int]:
-        """Open some streams; return their numbers once all of them have begun."""
-        numbers = [self._connect(path, method) for _ in range(number)]
-        wait_for(lambda: all(b"\r\n\r\n" in self.wires[one] for one in numbers), what=path)
-        return numbers
-
-    def _connect(self, path: str, method: str) -> int:
-        client = socket.create_connection(("127.0.0.1", self._port), 20)
-        client.sendall(request(path).replace(b"GET", method.encode()))
-        self.wires[client.fileno()] = b""
-        self._open[client.fileno()] = client
-        self._poll.register(client, select.EPOLLIN)
-        return client.fileno()
-
-    def _read(self) -> None:
-        while not self._is_over:
-            for descriptor, _ in self._poll.poll(0.1):
-                try:
-                    data = self._open[descriptor].recv(1 << 16)
-                except ConnectionResetError:
-                    data = b""
-                self.wires[descriptor] += data
-                if not data:
-                    self._poll.unregister(descriptor)
-                    # Its number stays its own until the test is over.
-                    self._ended.append(self._open.pop(descriptor))
-                    with suppress(OSError):
-                        self._ended[-1].shutdown(socket.SHUT_RDWR)
-
-    def ends(self, numbers: list[int]) -> list[bytes]:
-        """Return the last bytes of some streams, once they have ended."""
-        wait_for(lambda: not self._open.keys() & set(numbers), what="the ends of the streams")
-        return [self.wires[one][-200:] for one in numbers]
-
-    def close(self) -> None:
-        self._is_over = True
-        self._thread.join()
-        for client in (*self._open.values(), *self._ended):
-            client.close()
-        self._poll.close()
-
-
 @contextmanager
-def stage(command: list[str], port: int) -> Iterator[tuple[Server, Clients]]:
+def stage(command: list[str], port: int) -> Iterator[tuple[Server, Readers]]:
     with running(command, port) as server:
-        clients = Clients(port)
+        clients = Readers(port)
         try:
             yield server, clients
         finally:
@@ -95,7 +48,7 @@ def stage(command: list[str], port: int) -> Iterator[tuple[Server, Clients]]:
 
 
 @contextmanager
-def serving(worker: str, *, hijack: bool) -> Iterator[tuple[Server, Clients]]:
+def serving(worker: str, *, hijack: bool) -> Iterator[tuple[Server, Readers]]:
     port, app = free_port(), f"tests.apps:create_app({{'EVENTSTREAM_HIJACK': {hijack}}})"
     command = gunicorn(app, worker, *OPTIONS[worker], "--graceful-timeout", "30", port=port)
     with stage(command, port) as both:
@@ -110,8 +63,16 @@ def seconds_to_stop(server: Server, kind: signal.Signals = signal.SIGTERM) -> fl
     return time.monotonic() - start
 
 
-@pytest.mark.parametrize("hijack", [True, False])
-@pytest.mark.parametrize("worker", ["gevent", "gthread"])
+@pytest.mark.parametrize(
+    ("worker", "hijack"),
+    [
+        ("gevent", True),
+        ("gevent", False),
+        ("gevent_pywsgi", False),
+        ("gthread", True),
+        ("gthread", False),
+    ],
+)
 def test_a_worker_that_is_told_to_stop_ends_all_its_streams_and_is_gone(
     worker: str, hijack: bool
 ) -> None:
@@ -120,7 +81,7 @@ def test_a_worker_that_is_told_to_stop_ends_all_its_streams_and_is_gone(
         for path in ("ticks", "mute", "silent", "merged"):
             streams += clients.connect(f"/stream/{path}", 5)
         runs = clients.connect("/stream/answer/one", method="POST")
-        blocked = clients.connect("/stream/blocked", 5) if worker == "gevent" else []
+        blocked = clients.connect("/stream/blocked", 5) if worker != "gthread" else []
         seconds = seconds_to_stop(server)
         assert seconds < LIMIT
         ends = clients.ends(streams + blocked)
@@ -165,3 +126,202 @@ def is_stuck(server: Server) -> bool:
     rows = [row.split() for row in listed.stdout.splitlines()[1:] if sender in row.split("rem")[0]]
     queues = [int(row[4].partition(":")[0], 16) for row in rows if row[1].endswith(sender.strip())]
     return any(size > 200_000 for size in queues)
+
+
+PYWSGI = """
+import signal, sys
+import gevent
+from gevent import monkey, pywsgi
+if "patched" in sys.argv:
+    monkey.patch_all()
+from tests.apps import create_app
+server = pywsgi.WSGIServer(
+    ("127.0.0.1", int(sys.argv[1])), create_app({"EVENTSTREAM_HIJACK": "hub" in sys.argv}), log=None
+)
+gevent.signal_handler(signal.SIGTERM, server.stop)
+server.serve_forever()
+"""
+
+
+@pytest.mark.parametrize("options", [["patched", "hub"], ["patched"], ["hub"], []])
+def test_gevents_own_server_is_gone_once_it_is_stopped(options: list[str]) -> None:
+    port = free_port()
+    command = [sys.executable, "-c", PYWSGI, str(port), *options]
+    with stage(command, port) as (server, clients):
+        streams = clients.connect("/stream", 50)
+        streams += clients.connect("/stream/mute", 5)
+        assert seconds_to_stop(server) < LIMIT
+        assert all(map(FAREWELL.search, clients.ends(streams)))
+        assert "Traceback" not in server.log(), server.log()
+
+
+def flask_run(port: int, *options: str, app: str = "tests.apps:create_app()") -> list[str]:
+    command = [sys.executable, "-m", "flask", "--app", app, "run", "--port", str(port)]
+    return [*command, *options]
+
+
+@pytest.mark.parametrize("hijack", [True, False])
+def test_ctrl_c_ends_flasks_own_server_and_its_streams(hijack: bool) -> None:
+    port, app = free_port(), f"tests.apps:create_app({{'EVENTSTREAM_HIJACK': {hijack}}})"
+    with stage(flask_run(port, app=app), port) as (server, clients):
+        streams = clients.connect("/stream", 10)
+        streams += clients.connect("/stream/mute", 2)
+        blocked = clients.connect("/stream/blocked")
+        assert seconds_to_stop(server, signal.SIGINT) < 2 * LIMIT
+        assert len(clients.ends(blocked)) == 1
+        # Werkzeug's server speaks HTTP/1.0, and has no chunks.
+        ends = clients.ends(streams)
+        assert [end for end in ends if not re.search(rb"retry: \d+\n(\r\n0\r\n\r\n)?\Z", end)] == []
+        assert "Traceback" not in server.log(), server.log()
+
+
+def test_a_change_of_the_code_restarts_flasks_own_server_at_once(tmp_path: Path) -> None:
+    module = tmp_path / "changed_app.py"
+    module.write_text("from tests.apps import create_app\napp = create_app()\n")
+    port, environ = free_port(), {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = flask_run(port, "--debug", app="changed_app:app")
+    with running(command, port, environ) as server:
+        clients = Readers(port)
+        try:
+            streams = clients.connect("/stream", 10)
+            streams += clients.connect("/stream/mute", 2)
+            start = time.monotonic()
+            module.touch()
+            clients.ends(streams)
+            # It looks at the files once a second.
+            assert time.monotonic() - start < 1 + 2 * LIMIT
+            wait_for(lambda: not is_refused(port), what="the server to be back")
+            clients.connect("/stream")
+            assert "Traceback" not in server.log(), server.log()
+        finally:
+            clients.close()
+
+
+def is_refused(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_the_more_streams_end_at_once_the_longer_it_takes_until_all_return() -> None:
+    def times(streams: int) -> list[int]:
+        lines = [farewell(3000, streams) for _ in range(2000)]
+        assert all(re.fullmatch(rb"retry: \d+\n", line) for line in lines)
+        return sorted(int(line.split()[1]) for line in lines)
+
+    few, many = times(1), times(10_000)
+    assert 2400 <= few[0] < 2500
+    assert 3500 < few[-1] <= 3600
+    assert 2400 <= many[0] < 2500
+    # No more than a thousand in each second, and so in the last one.
+    assert 12_000 < many[-1] <= 12_400
+    assert 1700 / 10 < sum(time > 11_400 for time in many) < 2300 / 10
+
+
+class Part:
+    """What has streams of its own, and notes when it is stopped."""
+
+    def __init__(self) -> None:
+        self.is_busy = False
+        self.stops = 0
+
+    def stop(self) -> None:
+        self.stops += 1
+
+
+class Held:
+    """A stream that does not end, since its client takes nothing."""
+
+    def __init__(self, shutdown: Shutdown) -> None:
+        self.shutdown = shutdown
+        self.is_cut = False
+
+    def stop(self) -> None:
+        """Do nothing: it waits for something else."""
+
+    def cut(self) -> None:
+        self.is_cut = True
+        self.shutdown.leave(self)
+
+
+def test_it_ends_everything_once_whoever_asks() -> None:
+    part = Part()
+    shutdown = Shutdown(3000, part)
+    threads = [threading.Thread(target=shutdown.begin) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert part.stops == 1
+
+
+def test_a_connection_is_cut_that_does_not_end_in_time_and_no_other() -> None:
+    shutdown = Shutdown()
+    held, other = Held(shutdown), Held(shutdown)
+    shutdown.enter(held)
+    shutdown.cut_late(held.cut)
+    shutdown.cut_late(other.cut)()
+    shutdown.begin()
+    assert held.is_cut
+    assert not other.is_cut
+
+
+def test_a_connection_is_not_kept_for_another_request_once_the_server_stops() -> None:
+    shutdown = Shutdown()
+    held = Held(shutdown)
+    on_sent = shutdown.cut_late(held.cut)
+    shutdown.has_begun = True
+    on_sent()
+    assert held.is_cut
+
+
+class Worker:
+    """What gunicorn has: the owner of a handler of signals, which says when it stops."""
+
+    def __init__(self) -> None:
+        self.alive = True
+
+    def handle_exit(self, *arguments: Any) -> None: ...
+
+
+def test_a_worker_is_watched_as_long_as_there_are_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, part = Worker(), Part()
+    monkeypatch.setattr(signal, "getsignal", lambda kind: worker.handle_exit)
+    shutdown = Shutdown(3000, part)
+    held = Held(shutdown)
+    for _ in range(3):
+        shutdown.enter(held)
+        assert shutdown._is_watched
+        shutdown.leave(held)
+        wait_for(lambda: not shutdown._is_watched)
+    part.is_busy = True
+    shutdown.watch()
+    worker.alive = False
+    wait_for(lambda: part.stops)
+    wait_for(lambda: not shutdown._is_watched)
+
+
+def test_a_forked_child_has_no_streams_to_end() -> None:
+    shutdown = Shutdown()
+    shutdown.enter(Held(shutdown))
+    shutdown.has_begun = True
+    shutdown._start()  # what os.register_at_fork() calls
+    assert not shutdown.has_begun
+    assert not shutdown._streams
+
+
+def test_who_comes_when_the_server_stops_is_sent_away_for_a_while(
+    make_app: Callable[..., Flask], eventstream: EventStream
+) -> None:
+    @eventstream.resumable("/run")
+    def run() -> Iterator[str]:
+        yield "x"
+
+    app = make_app()
+    app.extensions["eventstream"].shutdown.begin()
+    client = app.test_client()
+    for path in ("/stream", "/stream/run"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert re.fullmatch(r":\nretry: \d+\n", answer.text)
+    answer = client.post("/stream/run")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import importlib
+import random
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flask_eventstream import EventStreamParser, ServerSentEvent
+from flask_eventstream.memory_broker import MemoryBroker
+from fuzz import cursor, encoder, inputs, parser, world
+from fuzz.__main__ import TARGETS, main
+from fuzz.shrinking import smallest
+
+if TYPE_CHECKING:
+    from flask_eventstream.history import History
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_second_of_each_target_finds_nothing(
+    target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([target, "--seconds", "1", "--seed", "7"]) == 0
+    told = capsys.readouterr().out
+    assert "seed 7" in told
+    cases = int(told.partition(f"fuzz {target}: ")[2].partition(" cases")[0].replace(",", ""))
+    assert cases >= 20
+
+
+class ForgetfulParser(EventStreamParser):
+    """Takes no notice of a NUL in a type."""
+
+    def feed(self, chunk: bytes) -> list[ServerSentEvent]:
+        return super().feed(chunk.replace(b"\0", b""))
+
+
+class CarelessEvent(ServerSentEvent):
+    """Leaves what ``str.splitlines()`` takes for a line end to clients."""
+
+    def encode(self, max_bytes: int | None = None) -> bytes:
+        return super().encode(max_bytes).replace("\u2028".encode(), b"\n")
+
+
+class GenerousBroker(MemoryBroker):
+    """Sends who returns its last event once more."""
+
+    def _replay(self, kept: list[History], *others: Any) -> tuple[bytes, bool]:
+        start, resumed = super()._replay(kept, *others)
+        newest = kept[0].after(0)[-1:]
+        return (newest[0].wire if resumed and not start and newest else start), resumed
+
+
+class SilentBroker(MemoryBroker):
+    """Resumes who may have missed something, and does not tell it."""
+
+    def _replay(self, kept: list[History], *others: Any) -> tuple[bytes, bool]:
+        start, resumed = super()._replay(kept, *others)
+        return (b"", True) if b"event: reset" in start else (start, resumed)
+
+
+PLANTED = [
+    ("parser", parser, "EventStreamParser", ForgetfulParser, "\\x00"),
+    ("encoder", encoder, "ServerSentEvent", CarelessEvent, "\\u2028"),
+    ("cursor", world, "MemoryBroker", GenerousBroker, "('publish', "),
+    ("cursor", world, "MemoryBroker", SilentBroker, "('return', "),
+]
+
+
+@pytest.mark.parametrize(("target", "module", "name", "broken", "evidence"), PLANTED)
+def test_a_planted_bug_is_found_and_its_input_named(
+    target: str,
+    module: Any,
+    name: str,
+    broken: Any,
+    evidence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, name, broken)
+    assert main([target, "--seconds", "5", "--seed", "7"]) == 1
+    told = capsys.readouterr().out
+    shown = told.partition(f"fuzz.{target}.check(")[2].partition("\n")[0]
+    assert evidence in shown
+    # What is printed is the case itself, as Python reads it.
+    case, check = eval(shown.removesuffix(")")), importlib.import_module(f"fuzz.{target}").check
+    with pytest.raises(AssertionError):
+        check(case)
+    monkeypatch.undo()
+    check(case)
+
+
+def test_a_seed_gives_the_same_cases() -> None:
+    def cases(seed: int) -> list[Any]:
+        chance = random.Random(seed)
+        return [each.generate(chance) for each in (parser, encoder, cursor) for _ in range(50)]
+
+    assert cases(1) == cases(1) != cases(2)
+
+
+def test_every_case_is_a_literal() -> None:
+    chance = random.Random(7)
+    for target in (parser, encoder, cursor):
+        for _ in range(200):
+            case = target.generate(chance)
+            assert eval(repr(case)) == case
+
+
+def test_an_unknown_target_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["parsers"])
+    assert "there is no target parsers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("case", "fails", "expected"),
+    [
+        (b"abc\0def", lambda case: b"\0" in case, b"\0"),
+        ("a\nb\u2028", lambda case: len(case) > 1, "xb"),
+        ([3, 50, 7], lambda case: sum(case) >= 50, [50]),
+        ((5, [True, "ab"]), lambda case: case[1], (0, [False])),
+        ((1.5, None), lambda case: True, (1.5, None)),
+    ],
+)
+def test_a_case_that_fails_is_made_small(case: Any, fails: Any, expected: Any) -> None:
+    found = smallest(case, fails, 5)
+    assert fails(found)
+    assert len(repr(found)) <= len(repr(expected))
+
+
+def test_making_it_small_takes_no_longer_than_allowed() -> None:
+    assert smallest("ab", lambda case: True, -1) == "ab"
+
+
+def test_random_texts_and_streams_are_of_every_kind() -> None:
+    chance = random.Random(7)
+    streams = b"".join(map(partial(lambda chance, _: inputs.stream(chance), chance), range(3000)))
+    assert all(piece in streams for piece in inputs.PIECES)
+    assert "\ud800" in "".join(inputs.text(chance) for _ in range(500))
+    "".join(inputs.text(chance, sendable=True) for _ in range(500)).encode()
