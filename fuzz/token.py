@@ -115,7 +115,7 @@ def _said(payload: bytes) -> Token | None:
         token = Token(**found)
     except (ValueError, TypeError):
         return None
-    kinds = (list, (int, float), (int, float), (str, type(None)), dict)
+    kinds: tuple[Any, ...] = (list, (int, float), (int, float), (str, type(None)), dict)
     if not all(isinstance(value, kind) for value, kind in zip(token, kinds, strict=True)):
         return None
     is_fine = all(isinstance(name, str) for name in token.channels)
