@@ -82,10 +82,7 @@ class MemoryBroker(LocalBroker):
 
     def subscriber_count(self, channel: str | None = None) -> int:
         """Return how many subscriptions there are; see :meth:`Broker.subscriber_count`."""
-        if channel is None:
-            return self.subscriptions
-        channel_names(channel)
-        return self._local_count(channel)
+        return self._own_count(channel)
 
     def registry(self, seconds: float, lease: float, max_ended: int) -> MemoryRegistry:
         """Return what knows of the runs; see :meth:`LocalBroker.registry`."""
