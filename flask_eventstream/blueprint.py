@@ -74,7 +74,7 @@ class EventStream(Rights):
         :raises BrokerUnavailableError: if the broker is Redis and does not answer, or refuses.
         :raises NotRegisteredError: if the app has no event stream.
         """
-        names = channel if isinstance(channel, str) else tuple(channel)
+        names = channel if isinstance(channel, str) else channel_names(channel)
         event_id = current_state().broker.publish(_sendable(data), type, id, retry, names)
         _tell_of(names, [event_id])
         return event_id
@@ -90,7 +90,7 @@ class EventStream(Rights):
         :returns: the events' ids.
         :raises EventStreamError: as :meth:`publish`.
         """
-        names = channel if isinstance(channel, str) else tuple(channel)
+        names = channel if isinstance(channel, str) else channel_names(channel)
         event_ids = current_state().broker.publish_many(map(_sendable, events), names)
         _tell_of(names, event_ids)
         return event_ids
@@ -211,13 +211,18 @@ class EventStream(Rights):
         return current_state().broker.last_event_id(channel)
 
     def subscriber_count(self, channel: str | None = None) -> int:
-        """Return how many subscribers a channel has, or the whole broker without a channel."""
+        """Return how many subscribers a channel has, or the whole broker without a channel.
+
+        :raises InvalidFieldError: if the channel's name is not valid.
+        """
         return current_state().broker.subscriber_count(channel)
 
     def disconnect(self, channel: str) -> int:
         """End every stream that reads a channel, and return how many there were.
 
         Browsers reconnect after their ``retry``, and are asked for their rights anew.
+
+        :raises InvalidFieldError: if the channel's name is not valid.
         """
         return current_state().broker.disconnect(channel)
 

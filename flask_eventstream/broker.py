@@ -152,7 +152,10 @@ class Broker(ABC):
 
     @abstractmethod
     def subscriber_count(self, channel: str | None = None) -> int:
-        """Return how many subscriptions a channel has, or the whole broker without a channel."""
+        """Return how many subscriptions a channel has, or the whole broker without a channel.
+
+        :raises InvalidFieldError: if the channel's name is not valid.
+        """
 
     @abstractmethod
     def channels(self) -> dict[str, int]:
@@ -174,6 +177,8 @@ class Broker(ABC):
         """End every subscription that reads a channel, and return how many there were.
 
         They still get what was published before, and nothing after.
+
+        :raises InvalidFieldError: if the channel's name is not valid.
         """
 
     @abstractmethod
@@ -289,7 +294,11 @@ def channel_names(channel: str | Iterable[str]) -> tuple[str, ...]:
     :raises InvalidFieldError: if there is none, or one is not a ``str`` of 1 to 255 characters
         without control characters.
     """
-    names = (channel,) if isinstance(channel, str) else tuple(dict.fromkeys(channel))
+    try:
+        names = (channel,) if isinstance(channel, str) else tuple(dict.fromkeys(channel))
+    except TypeError as error:
+        hint = "is neither a str nor several"
+        raise InvalidFieldError("channel", channel, hint) from error
     if not names:
         raise InvalidFieldError("channel", names, "names no channel; give at least one")
     for name in names:

@@ -178,6 +178,12 @@ class LocalBroker(Broker):
             self._remove_leaving()
             return self._channels.subscriptions
 
+    def _own_count(self, channel: str | None) -> int:
+        if channel is None:
+            return self.subscriptions
+        [name] = channel_names(channel)
+        return self._local_count(name)
+
     def _local_count(self, channel: str) -> int:
         with self._mutex:
             self._remove_leaving()

@@ -82,7 +82,7 @@ class MemoryBroker(LocalBroker):
 
     def subscriber_count(self, channel: str | None = None) -> int:
         """Return how many subscriptions there are; see :meth:`Broker.subscriber_count`."""
-        return self.subscriptions if channel is None else self._local_count(channel)
+        return self._own_count(channel)
 
     def registry(self, seconds: float, lease: float, max_ended: int) -> MemoryRegistry:
         """Return what knows of the runs; see :meth:`LocalBroker.registry`."""
@@ -102,7 +102,7 @@ class MemoryBroker(LocalBroker):
 
     def end_log(self, run: str) -> None:
         """End all who read the log of a run, after what it has."""
-        self.disconnect(LOG_PREFIX + run)
+        self._end(LOG_PREFIX + run)
 
     def forget_log(self, run: str) -> None:
         """Forget what the log of a run has; who reads it goes on."""
@@ -111,6 +111,10 @@ class MemoryBroker(LocalBroker):
 
     def disconnect(self, channel: str) -> int:
         """End every subscription of a channel; see :meth:`Broker.disconnect`."""
+        channel_names(channel)
+        return self._end(channel)
+
+    def _end(self, channel: str) -> int:
         with self._mutex:
             self._remove_leaving()
             ended = self._channels.end_channel(channel, self._channels.position)

@@ -293,8 +293,7 @@ class RedisBroker(LocalBroker):
 
         :raises BrokerUnavailableError: if Redis does not answer.
         """
-        local = self.subscriptions if channel is None else self._local_count(channel)
-        return local + self._presence.count_others(channel or "")
+        return self._own_count(channel) + self._presence.count_others(channel or "")
 
     def _counts(self) -> Counter[str]:
         return super()._counts() + self._presence.counts_of_others()

@@ -48,11 +48,13 @@ class RevocationLog:
         :raises BrokerUnavailableError: if Redis did not answer, or refused.
         """
         oldest = int((time.time() - _KEPT_SECONDS) * 1000)
+        # A key that an app has from JSON may have lone surrogates.
+        key = user.encode("utf-8", "surrogatepass")
         # By its own clock Redis gives each entry a place behind all others, so that none is
         # overlooked. It does no harm to have one twice.
         self._link.pipeline(
             [
-                ("XADD", self._key, "MINID", "~", oldest, "*", "user", user, "at", repr(when)),
+                ("XADD", self._key, "MINID", "~", oldest, "*", "user", key, "at", repr(when)),
                 ("EXPIRE", self._key, _KEPT_SECONDS),
             ]
         )
@@ -67,7 +69,10 @@ class RevocationLog:
         # Requests wait for this: it is not tried for as long as what is to be published.
         begin = time.monotonic() - self._link.patience
         [entries] = self._link.pipeline([command], begin)
-        found = [(fields[b"user"].decode(), float(fields[b"at"])) for _, fields in entries]
+        found = [
+            (fields[b"user"].decode("utf-8", "surrogatepass"), float(fields[b"at"]))
+            for _, fields in entries
+        ]
         return found, entries[-1][0] if entries else last
 
 

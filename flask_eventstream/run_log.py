@@ -17,8 +17,10 @@ def new_key(url: str, owner: str) -> str:
     :param url: its URL.
     :param owner: whose it is, ``""`` if it is not for one alone.
     """
-    # Both may have any characters, so it is told where one ends and the other begins.
-    return hashlib.sha256(f"{len(url)} {url}{owner}".encode()).hexdigest()[:32]
+    # Both may have any characters, so it is told where one ends and the other begins. JSON brings
+    # lone surrogates, too.
+    text = f"{len(url)} {url}{owner}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def number_in(cursor: str, run: str) -> int | None:

@@ -25,6 +25,7 @@ MAX_AGE = 30 * 24 * 3600
 """How long a token may be valid at most, in seconds. Revocations are kept as long."""
 
 _SALT = "flask-eventstream.token"
+_LATEST = 1e11  # 1,200 years from now; what is larger may be no float
 
 
 class Token(NamedTuple):
@@ -101,12 +102,26 @@ def verified(text: str, keys: Sequence[str | bytes]) -> Token:
         except BadData:
             # It has parts of the token in it, which must not get into a traceback.
             found = None
-    if found is None:
+    if not _is_payload(found):
         raise TokenError("This token is not valid: it was changed, or is not of this app.")
     token = Token(**{**found, "channels": tuple(found["channels"])})
     if token.expires <= time.time():
         raise TokenError("This token has expired.")
     return token
+
+
+def _is_payload(found: Any) -> bool:
+    # Another version of this package, or the app itself, may have signed something else.
+    kinds: dict[str, Any] = {"channels": list, "user": (str, type(None)), "claims": dict}
+    if not isinstance(found, dict) or found.keys() != {*kinds, "issued", "expires"}:
+        return False
+    times = found["issued"], found["expires"]
+    return (
+        all(isinstance(found[name], kind) for name, kind in kinds.items())
+        and all(isinstance(name, str) for name in found["channels"])
+        # NaN, which would never come, is not less.
+        and all(isinstance(time, (int, float)) and abs(time) < _LATEST for time in times)
+    )
 
 
 def _serializer(keys: Sequence[str | bytes]) -> URLSafeSerializer:

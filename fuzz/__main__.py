@@ -21,7 +21,7 @@ from .shrinking import smallest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TARGETS = ("parser", "encoder", "cursor")
+TARGETS = ("parser", "encoder", "cursor", "token")
 SHRINK_SECONDS = 20.0
 CASES_AT_ONCE = 20
 

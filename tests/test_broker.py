@@ -421,7 +421,7 @@ def test_closing_the_broker_wakes_who_waits(broker: Broker) -> None:
     assert taken == [None]
 
 
-BAD_NAMES = ["", "a\nb", "\0", "\x7f", "\x85", "\ud800", "x" * 256, None, 7]
+BAD_NAMES = ["", "a\nb", "\0", "\x7f", "\x85", "\ud800", "\x1frun:x", "x" * 256, None, 7]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -430,11 +430,19 @@ def test_a_name_that_no_channel_can_have_is_refused(broker: Broker, name: Any) -
         lambda: broker.publish("x", channel=[name]),
         lambda: broker.subscribe(name),
         lambda: broker.last_event_id(name) if isinstance(name, str) else channel_names([name]),
+        lambda: broker.disconnect(name) if isinstance(name, str) else channel_names([name]),
+        lambda: broker.subscriber_count(name) if isinstance(name, str) else channel_names([name]),
     ):
         with pytest.raises(InvalidFieldError) as caught:
             act()
         assert caught.value.field == "channel"
     assert broker.subscriber_count() == 0
+
+
+@pytest.mark.parametrize("channel", [None, 7, [["a"]], [{}], True, object()], ids=ascii)
+def test_what_is_neither_a_name_nor_several_is_refused(channel: Any) -> None:
+    with pytest.raises(InvalidFieldError, match="channel="):
+        channel_names(channel)
 
 
 def test_no_channel_at_all_is_refused(broker: Broker) -> None:

@@ -9,11 +9,14 @@ import pytest
 
 from flask_eventstream import EventStreamParser, ServerSentEvent
 from flask_eventstream.memory_broker import MemoryBroker
-from fuzz import cursor, encoder, inputs, parser, world
+from flask_eventstream.tokens import Token, verified
+from fuzz import cursor, encoder, inputs, parser, token, world
 from fuzz.__main__ import TARGETS, main
 from fuzz.shrinking import smallest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from flask_eventstream.history import History
 
 
@@ -59,11 +62,23 @@ class SilentBroker(MemoryBroker):
         return (b"", True) if b"event: reset" in start else (start, resumed)
 
 
+def believe(text: str, keys: Sequence[str]) -> Token:
+    """Verify a token, and take another app's for one of one's own."""
+    return verified(text, [*keys, "other"])
+
+
+def tidy(text: str, keys: Sequence[str]) -> Token:
+    """Verify a token in which somebody has left a line break."""
+    return verified(text.replace("\n", ""), keys)
+
+
 PLANTED = [
     ("parser", parser, "EventStreamParser", ForgetfulParser, "\\x00"),
     ("encoder", encoder, "ServerSentEvent", CarelessEvent, "\\u2028"),
     ("cursor", world, "MemoryBroker", GenerousBroker, "('publish', "),
     ("cursor", world, "MemoryBroker", SilentBroker, "('return', "),
+    ("token", token, "verified", believe, "'other'"),
+    ("token", token, "verified", tidy, "\\n"),
 ]
 
 
@@ -93,14 +108,16 @@ def test_a_planted_bug_is_found_and_its_input_named(
 def test_a_seed_gives_the_same_cases() -> None:
     def cases(seed: int) -> list[Any]:
         chance = random.Random(seed)
-        return [each.generate(chance) for each in (parser, encoder, cursor) for _ in range(50)]
+        return [
+            each.generate(chance) for each in (parser, encoder, cursor, token) for _ in range(50)
+        ]
 
     assert cases(1) == cases(1) != cases(2)
 
 
 def test_every_case_is_a_literal() -> None:
     chance = random.Random(7)
-    for target in (parser, encoder, cursor):
+    for target in (parser, encoder, cursor, token):
         for _ in range(200):
             case = target.generate(chance)
             assert eval(repr(case)) == case

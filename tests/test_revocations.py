@@ -115,6 +115,10 @@ def test_what_one_process_revokes_the_others_learn(redis: RedisServer, start: Ma
     assert not two.knows("you")
     two.revoke("you")
     assert one.knows("you")
+    for user in ("a\nb\0", "\ud800", "數\u2028"):
+        one.revoke(user)
+        assert two.knows(user)
+    assert not two.knows("\udfff")
     late = start(redis, prefix)
     assert late.knows("me")
     assert late.knows("you")

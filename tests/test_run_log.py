@@ -32,6 +32,10 @@ def test_a_key_is_of_one_url_and_one_owner() -> None:
     assert new_key("a", "b") == new_key("a", "b")
 
 
+def test_an_owner_may_have_lone_surrogates() -> None:
+    assert len({new_key("a", owner) for owner in ("\ud800", "\udfff", "\ufffd", "?")}) == 4
+
+
 @pytest.mark.parametrize(
     ("cursor", "number"),
     [

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import time
 from typing import Any
 
@@ -69,9 +70,17 @@ def test_what_is_not_the_whole_text_is_no_token(wire: str) -> None:
         verified(wire, KEYS)
 
 
-def serialized(key: Any, salt: str, digest: Any = hashlib.sha256, kind: str = "hmac") -> str:
+PAYLOAD = {"channels": ["a"], "issued": 0, "expires": 9e9, "user": None, "claims": {}}
+
+
+def serialized(
+    key: Any,
+    salt: str = "flask-eventstream.token",
+    digest: Any = hashlib.sha256,
+    kind: str = "hmac",
+    payload: Any = PAYLOAD,
+) -> str:
     options = {"key_derivation": kind, "digest_method": digest}
-    payload = {"channels": ["a"], "issued": 0, "expires": 9e9, "user": None, "claims": {}}
     wire = URLSafeSerializer(key, salt=salt, signer_kwargs=options).dumps(payload)
     assert isinstance(wire, str)
     return PREFIX + wire
@@ -79,7 +88,7 @@ def serialized(key: Any, salt: str, digest: Any = hashlib.sha256, kind: str = "h
 
 def test_only_the_apps_own_keys_salt_and_digest_count() -> None:
     salt = "flask-eventstream.token"
-    assert verified(serialized("secret", salt), KEYS).channels == ("a",)
+    assert verified(serialized("secret"), KEYS).channels == ("a",)
     others = [
         serialized("other", salt),
         serialized("", salt),
@@ -92,6 +101,36 @@ def test_only_the_apps_own_keys_salt_and_digest_count() -> None:
             verified(wire, KEYS)
     with pytest.raises(TokenError):
         verified(text(), [])
+
+
+TIMES: list[Any] = ["9e9", None, [], math.nan, math.inf, -math.inf, 10**400, 1e300]
+CLAIMS: list[Any] = [None, [], "x"]
+OTHER_PAYLOADS: list[Any] = [
+    None, 7, "x", [], {}, ["channels"], {**PAYLOAD, "more": 1},
+    *({name: PAYLOAD[name] for name in PAYLOAD if name != left_out} for left_out in PAYLOAD),
+    *({**PAYLOAD, "channels": names} for names in ("ab", {"a": 1}, [7], ["a", None], None)),
+    *({**PAYLOAD, "user": user} for user in (7, True, ["me"])),
+    *({**PAYLOAD, "claims": claims} for claims in CLAIMS),
+    *(
+        {**PAYLOAD, name: time}
+        for name in ("issued", "expires")
+        for time in TIMES
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("payload", OTHER_PAYLOADS, ids=lambda one: str(one)[:80])
+def test_a_payload_that_is_none_is_no_token_even_if_the_apps_key_has_signed_it(
+    payload: Any,
+) -> None:
+    with pytest.raises(TokenError, match="not valid"):
+        verified(serialized("secret", payload=payload), KEYS)
+
+
+def test_a_token_that_expires_before_all_time_has_expired() -> None:
+    for expires in (-1, -9e9, 0, time.time()):
+        with pytest.raises(TokenError, match="has expired"):
+            verified(serialized("secret", payload={**PAYLOAD, "expires": expires}), KEYS)
 
 
 def test_a_payload_put_before_another_ones_signature_is_no_token() -> None:
