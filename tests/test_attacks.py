@@ -300,6 +300,7 @@ def test_a_name_that_is_refused_is_400_and_reaches_nothing(name: str) -> None:
 # --- Everything at once
 
 
+@pytest.mark.beside
 def test_a_hundred_thousand_random_requests_do_no_harm() -> None:
     command = [sys.executable, "-m", "tests.attack_requests"]
     environ, pipe = {**os.environ, **UNTRACED}, subprocess.PIPE
