@@ -103,8 +103,8 @@ def test_a_client_that_left_is_noticed_within_a_heartbeat(path: str) -> None:
         before = state(server)["threads"]
         client = connect(server, path)
         assert has_begun(client)
-        # The thread that serves it, and the waker or the producer.
-        wait_for(lambda: state(server)["threads"] == before + 2)
+        # The thread that serves it, the waker or the producer, and who looks after gunicorn.
+        wait_for(lambda: state(server)["threads"] == before + 3)
         leave(client, rudely=False)
         # The producer of a view that computes stays until its next item.
         left = before + 1 if path == "/stream/mute" else before
