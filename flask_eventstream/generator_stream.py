@@ -93,12 +93,6 @@ def carry_context(function: Callable[[], None]) -> Callable[[], None]:
     return partial(context.run, run)
 
 
-def _close(stream: Iterable[Any]) -> None:
-    close = getattr(stream, "close", None)
-    if close is not None:
-        close()
-
-
 def body_of(
     stream: Iterable[Any], encoder: StreamFormat, heartbeat: float | None
 ) -> Generator[bytes, None, None]:

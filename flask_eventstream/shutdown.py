@@ -155,8 +155,13 @@ class Shutdown:
         with self._mutex:
             is_watched, self._is_watched = self._is_watched, worker is not None
         self._is_greenlet = concurrency.runs_in_greenlet()
-        if worker is not None and not is_watched:
+        if worker is None or is_watched:
+            return
+        try:
             concurrency.spawn(self._watch, worker)
+        except RuntimeError:
+            # No thread is to be had. That must not end a stream, and the next one tries again.
+            self._is_watched = False
 
     def _watch(self, worker: Any) -> None:
         pause = concurrency.new_event()

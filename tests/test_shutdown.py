@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from flask_eventstream import concurrency
 from flask_eventstream.shutdown import Shutdown, farewell
 
 from .servers import ROOT, Server, free_port, gunicorn, running, wait_for
@@ -313,6 +314,26 @@ def test_a_worker_is_watched_as_long_as_there_are_streams(monkeypatch: pytest.Mo
     shutdown.watch()
     worker.alive = False
     wait_for(lambda: part.stops)
+    wait_for(lambda: not shutdown._is_watched)
+
+
+def test_a_stream_begins_though_there_is_no_thread_to_watch_its_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    worker = Worker()
+    monkeypatch.setattr(signal, "getsignal", lambda kind: worker.handle_exit)
+    shutdown = Shutdown()
+    held = Held(shutdown)
+    with monkeypatch.context() as patch:
+        patch.setattr(concurrency, "spawn", fail)
+        shutdown.enter(held)
+    assert not shutdown._is_watched
+    shutdown.watch()
+    assert shutdown._is_watched
+    shutdown.leave(held)
     wait_for(lambda: not shutdown._is_watched)
 
 
