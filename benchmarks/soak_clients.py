@@ -222,6 +222,9 @@ class Crowd:
             self._watch(member)
 
     def _watch(self, member: Member) -> None:
+        if member.socket.fileno() in self._by_descriptor:
+            # At the end all are watched, and who stands still by then is about to read again.
+            return
         self._by_descriptor[member.socket.fileno()] = member
         self._epoll.register(member.socket, select.EPOLLIN)
 
