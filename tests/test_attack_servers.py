@@ -21,6 +21,8 @@ from .test_stress import publish, serve, wait_for_subscribers
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.beside
+
 OF_SERVERS = {
     "Connection",
     "Content-Length",

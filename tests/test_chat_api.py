@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionChunk
     from playwright.sync_api import Browser, Page
 
+pytestmark = pytest.mark.beside
+
 CLIENTS = ROOT / "tests" / "clients"
 PROMPT = "What is an event stream?"
 ANSWER = list(answer(PROMPT))

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
     from .redis_server import RedisServer
 
+pytestmark = pytest.mark.beside
+
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text("utf-8")
 NGINX = (DOCS / "nginx.conf").read_text("utf-8")

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     Samples = dict[str, float]
 
 
+pytestmark = pytest.mark.beside
+
+
 @pytest.fixture
 def registry() -> CollectorRegistry:
     return prometheus_client.CollectorRegistry(auto_describe=True)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     MakeApp = Callable[..., Flask]
     MakeProcess = Callable[[RedisServer, str], "Process"]
 
+pytestmark = pytest.mark.beside
+
 SOON = 2.0
 """Within how many seconds other processes follow."""
 

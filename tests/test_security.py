@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from playwright.sync_api import APIResponse, Browser, Page
 
+pytestmark = pytest.mark.beside
+
 PAGE = (ROOT / "docs" / "security.rst").read_text("utf-8")
 READ_EVENTS = (ROOT / "example_app" / "static" / "js" / "read-events.js").read_text("utf-8")
 THERE = "https://api.example.com"
