@@ -28,7 +28,7 @@ RETRY = 3000
 
 _LOOK_SECONDS = 0.1
 _PATIENCE = 1.5
-_PATIENCE_WITH_GREENLETS = 0.8
+_PATIENCE_WITH_GREENLETS = 0.5
 """All views that wait have been thrown out then, and gunicorn looks only once a second whether
 streams are left."""
 
