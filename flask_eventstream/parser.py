@@ -100,14 +100,14 @@ class EventStreamParser:
             complete before it are returned first; then every further call raises.
         """
         is_whole = self._is_between_events and chunk.endswith(_BLANK_LINES)
-        if is_whole and _CR in chunk:
-            chunk = chunk.replace(b"\r\n", b"\n")
-        if is_whole and _CR not in chunk and len(chunk) <= self._max_bytes:
+        # Not put in the place of the chunk: what is read below it has to find each CR as it came.
+        whole = chunk.replace(b"\r\n", b"\n") if is_whole and _CR in chunk else chunk
+        if is_whole and _CR not in whole and len(whole) <= self._max_bytes:
             # What a live stream brings is one event a chunk, as a rule (benchmarks/parse.py).
-            if chunk.startswith(b"data: ") and chunk.find(_LF) == len(chunk) - 2:
-                text = chunk[6:-2].decode("utf-8", "replace")
+            if whole.startswith(b"data: ") and whole.find(_LF) == len(whole) - 2:
+                text = whole[6:-2].decode("utf-8", "replace")
                 return [parsed_event(text, "message", self._id, None)]
-            return self._events(chunk.decode("utf-8", "replace"))
+            return self._events(whole.decode("utf-8", "replace"))
         events: list[ServerSentEvent] = []
         if self._bom is not None:
             chunk = self._without_bom(self._bom, chunk)

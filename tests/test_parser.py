@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flask_eventstream import EventStreamParser, ServerSentEvent
 from flask_eventstream.errors import TooLargeError
-from fuzz.parser import cut, parse, read_by_the_letter
+from fuzz.parser import check, cut, parse, read_by_the_letter
 
 CASES: list[dict[str, Any]] = json.loads(
     Path(__file__).with_name("parser_cases.json").read_text(encoding="utf-8")
@@ -167,3 +167,7 @@ def test_a_line_that_comes_byte_by_byte_is_joined_once() -> None:
     for i in range(len(wire)):
         events += parser.feed(wire[i : i + 1])
     assert [len(event.data) for event in events] == [200_000]
+
+
+def test_a_cr_before_a_crlf_ends_an_event_also_in_a_chunk_that_begins_one() -> None:
+    check((b"rtxxx\n\r\nevent:g\r\r\ndata\n\n", [8], "", 0, False))
