@@ -116,7 +116,8 @@ class SubscriptionBody:
         events = self.subscription.take(pause) if pause > 0 else None
         if events is None or (not events and self.reason == endings.STOPPED):
             return self._last_bytes(is_late=pause <= 0)
-        self._keeper.delivered(events)
+        if events:
+            self._keeper.delivered(events)
         return self._silence.broken_by(events or HEARTBEAT)
 
     def _last_bytes(self, *, is_late: bool) -> bytes:

@@ -105,9 +105,9 @@ def _found_in(environ: Mapping[str, Any], body: Any) -> ServerSocket | None:
             # The sync worker closes each connection, and so never reads on. To iterate would keep
             # everybody else waiting, until gunicorn kills the worker with all its streams.
             return ServerSocket(found, bytes)
-        return (
-            None if body.reader.length else ServerSocket(found, body.reader.unreader.buf.getvalue)
-        )
+        if body.reader.length:
+            return None
+        return ServerSocket(found, body.reader.unreader.buf.getvalue)
     if "werkzeug.socket" in environ:
         # It closes each connection too. With processes, the one that serves this request ends now.
         return None if environ.get("wsgi.multiprocess") else ServerSocket(found, bytes)

@@ -75,7 +75,7 @@ class SocketHub:
         self.sent = Deliveries()
         self._watcher = descriptors.Watcher()
         self._arrived: deque[Subscriber] = deque()
-        self._ending: deque[Subscriber] = deque()
+        self._revoked: deque[Subscriber] = deque()
         self._errands = concurrency.Errands()
         self._members = Members()
         self._sends_left = _SENDS_IN_A_ROW
@@ -116,7 +116,7 @@ class SocketHub:
 
     def end(self, subscriber: Subscriber) -> None:
         """End a subscriber whose rights were revoked; from any thread, also if it has ended."""
-        self._ending.append(subscriber)
+        self._revoked.append(subscriber)
         self.ring()
 
     @property
@@ -156,10 +156,10 @@ class SocketHub:
         events = self._watcher.wait(max(0, self._heartbeats.next_tick - time.monotonic()))
         self._now = time.monotonic()
         # Before those that have arrived: then each of them has arrived as well.
-        ending = [self._ending.popleft() for _ in range(len(self._ending))]
+        revoked = [self._revoked.popleft() for _ in range(len(self._revoked))]
         while self._arrived:
             self._take_in(self._arrived.popleft())
-        for subscriber in ending:
+        for subscriber in revoked:
             if self._members.all.get(subscriber.descriptor) is subscriber:
                 self._finish(subscriber, endings.REVOKED)
         for descriptor, event in events:
