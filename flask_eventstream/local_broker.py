@@ -182,9 +182,10 @@ class LocalBroker(Broker):
         if channel is None:
             return self.subscriptions
         [name] = channel_names(channel)
-        return self._local_count(name)
+        return self.local_count(name)
 
-    def _local_count(self, channel: str) -> int:
+    def local_count(self, channel: str) -> int:
+        """Return how many subscriptions a channel has in this process."""
         with self._mutex:
             self._remove_leaving()
             return self._channels.count(channel)

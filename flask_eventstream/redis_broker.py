@@ -220,7 +220,7 @@ class RedisBroker(LocalBroker):
     def registry(self, seconds: float, lease: float, max_ended: int) -> RedisRegistry:
         """Return what knows of the runs, which Redis keeps; see :meth:`LocalBroker.registry`."""
         limit = self._max_run_bytes
-        return RedisRegistry(self._link, self._keys, self._local_count, seconds, lease, limit)
+        return RedisRegistry(self._link, self._keys, self.local_count, seconds, lease, limit)
 
     @contextmanager
     def _followed(self, names: Sequence[str]) -> Iterator[None]:

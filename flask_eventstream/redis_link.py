@@ -29,6 +29,9 @@ DOUBT_SECONDS = 10
 _LONGEST_PAUSE = 0.2
 _NO_CALL = (None, "", 0.0)
 
+StrictRedis: Any = redis.StrictRedis
+"""redis-py's client, for those who are to have one: users of Flask-SSE."""
+
 LOST = (redis.RedisError, OSError)
 """What a connection raises that is lost, that could not be made, or that is refused something."""
 

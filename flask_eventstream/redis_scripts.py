@@ -19,6 +19,9 @@ With the prefix ``eventstream:`` and the database 0, the keys are:
 ``eventstream:0:run:<key>``, ``eventstream:0:producer:<token>``
     How a run stands, and the lease of a process that has runs; see ``redis_runs``. The log of a run
     is a channel whose name no publisher can give.
+``eventstream:0:notes``, ``eventstream:0:taken:<round>:<name>``
+    During a move from Flask-SSE: messages to all processes, and how much of what Flask-SSE sends is
+    taken; see ``flask_sse_bridge``.
 
 Each event is also published as a message, under the name of its channel's key. Messages know no
 databases, so the name has the number in it. A message is a line ``<epoch> <seq> <milliseconds>
@@ -203,6 +206,7 @@ class Keys:
         self.marks = self._prefix + b"marks"
         self.processes = self._prefix + b"processes"
         self.revoked = self._prefix + b"revoked"
+        self.notes = self._prefix + b"notes"
         self._channel = self._prefix + b"channel:"
 
     def channel(self, name: str) -> bytes:
@@ -220,6 +224,10 @@ class Keys:
     def producer(self, token: str) -> bytes:
         """Return the key of the lease of a process that has runs."""
         return b"%bproducer:%b" % (self._prefix, token.encode())
+
+    def taken(self, round: str, name: str) -> bytes:
+        """Return the key of what was taken of a channel of Flask-SSE's in a round."""
+        return b"%btaken:%b:%b" % (self._prefix, round.encode(), name.encode())
 
     def name_of(self, key: bytes) -> str:
         """Return the name of the channel that a key belongs to."""
