@@ -9,7 +9,8 @@ order, though, and so they can count. The rules:
   others do what they did anyway.
 * What counts as the same message: the *n*-th of its channel in its round. A round begins for all
   processes with a note, which whoever begins to hear a channel sends. It hears others' messages
-  before that, and leaves them to those who have been there.
+  before that, and leaves them to those who have been there. If it is faster than they are, the
+  first one after the note may overtake the last one before it.
 * A copy of our own is sent in one step with a note before it. The message behind that note is the
   copy, and nobody offers it.
 """

@@ -488,7 +488,7 @@ def their_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
         [sdist] = home.glob("*.tar.gz")
         with tarfile.open(sdist) as archive:
             tests = [one for one in archive.getmembers() if "/tests/" in one.name]
-            archive.extractall(home, tests)
+            archive.extractall(home, tests, filter="data")
         [folder] = home.glob("*/tests")
         return folder
 

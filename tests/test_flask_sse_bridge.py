@@ -19,7 +19,7 @@ from flask_eventstream.flask_sse_bridge import Bridge
 from flask_eventstream.redis_broker import RedisBroker
 
 from .faults import proxy
-from .servers import wait_for
+from .servers import ROOT, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -314,8 +314,31 @@ def test_a_forked_child_hears_by_itself(side: Callable[..., Side], redis: RedisS
     subscription = one.subscribe("forked")
     child = os.fork()
     if not child:
-        one.bridge.follow("forked")
-        os._exit(heard(redis, "forked") != 2)
+        status = 1
+        try:
+            one.bridge.follow("forked")
+            status = int(heard(redis, "forked") != 2)
+        finally:
+            os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     sent(redis, "x", "forked")
     wait_for(lambda: one.has_got(subscription, "data: x"))
+
+
+def test_the_rights_in_the_documentation_are_enough(
+    own_redis: RedisServer,
+) -> None:
+    command: Any = own_redis.redis.execute_command
+    for name in ("redis", "flask-sse"):
+        page = (ROOT / "docs" / f"{name}.rst").read_text("utf-8")
+        [rule] = [line for line in page.splitlines() if line.startswith("    ACL SETUSER")]
+        command(*rule.split())
+    url = own_redis.url.replace("//", "//app:secret@")
+    one = Side(url, url, "eventstream:")
+    subscription = one.subscribe("sse")
+    sent(own_redis, "x", "sse")
+    one.bridge.copy("sse", '{"data": "copy"}')
+    sent(own_redis, "y", "sse")
+    wait_for(lambda: one.has_got(subscription, "data: x", "data: y"))
+    assert b"copy" not in one.wire
+    one.close()
