@@ -22,6 +22,7 @@ from flask import abort, current_app, json, request, stream_with_context
 
 from . import access, concurrency, redis_link
 from .broker import DEFAULT_CHANNEL, channel_names
+from .config import without_secrets
 from .errors import ConfigurationError, InvalidFieldError
 from .event import ServerSentEvent
 from .flask_sse_bridge import Bridge
@@ -220,8 +221,9 @@ class ServerSentEventsBlueprint(Rights):
             if state is None:
                 state = app.extensions["eventstream"] = new_state(app)
             if state.config.broker_url != app.config[_BROKER_URL]:
+                read = without_secrets(state.config.broker_url)
                 reason = "was read before; set it to the URL that SSE_REDIS_URL has"
-                raise ConfigurationError(_BROKER_URL, state.config.broker_url, reason)
+                raise ConfigurationError(_BROKER_URL, read, reason)
             if self not in state.blueprints:
                 state.blueprints.append(self)
 
