@@ -166,9 +166,8 @@ class ServerSentEventsBlueprint(Rights):
         pubsub = self.redis.pubsub()
         pubsub.subscribe(channel)
         try:
-            for message in pubsub.listen():
-                if message["type"] == "message":
-                    yield Message(**json.loads(message["data"]))
+            messages = (one["data"] for one in pubsub.listen() if one["type"] == "message")
+            yield from (Message(**json.loads(data)) for data in messages)
         finally:
             # A connection that is lost hears nothing any more, which is what is wanted.
             with suppress(*LOST):

@@ -349,6 +349,24 @@ def test_a_blueprint_that_was_registered_before_with_another_broker_is_an_error(
         app.register_blueprint(flask_sse.ServerSentEventsBlueprint("sse", __name__))
 
 
+def test_a_client_that_replaces_strict_redis_is_the_one_that_is_used(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Own(flask_sse.StrictRedis):  # type: ignore[misc]  # it is untyped
+        pass
+
+    monkeypatch.setattr(flask_sse, "StrictRedis", Own)
+    app = new_app(redis)
+    with old_subscriber(app, redis, "own") as wire:
+        assert publish(app, {"a": 1}, type="b", channel="own") == 1
+        wait_for(lambda: wire == [b'event:b\ndata:{"a": 1}\n\n'])
+    with app.app_context():
+        assert isinstance(app.extensions["sse"].redis, Own)
+    close(app)
+    # The broker was not spoken to.
+    assert not redis.redis.keys(f"{app.config['EVENTSTREAM_KEY_PREFIX']}*")
+
+
 def test_two_blueprints_of_an_app_share_its_bridge(redis: RedisServer) -> None:
     app = create_app()
     app.config.update(REDIS_URL=redis.url, EVENTSTREAM_KEY_PREFIX=redis.prefix())

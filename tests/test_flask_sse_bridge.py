@@ -235,6 +235,16 @@ def test_whatever_fails_the_next_message_is_heard(
     wait_for(lambda: one.has_got(subscription, "data: y"))
 
 
+def test_a_channel_that_is_heard_already_needs_nothing_of_redis(
+    side: Callable[..., Side], redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = side()
+    one.bridge.follow("heard")
+    wait_for(lambda: "heard" in one.bridge._ready)
+    monkeypatch.setattr(one.bridge, "_wake", None)
+    one.bridge.follow("heard")
+
+
 def test_a_flood_of_messages_is_taken_in_order(
     side: Callable[..., Side], redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
