@@ -273,7 +273,7 @@ class Record(NamedTuple):
         """Return what an entry of a stream says."""
         id, fields = entry
         seq, _, time = id.partition(b"-")
-        own_id, key = (fields[name].decode() or None for name in (b"id", b"key"))
+        own_id, key = (fields.get(name, b"").decode() or None for name in (b"id", b"key"))
         return cls(int(seq), int(time), int(fields[b"prev"]), own_id, fields[b"wire"], key)
 
 

@@ -44,7 +44,7 @@ def test_a_message_without_an_event_tells_only_the_number() -> None:
 
 
 def test_an_entry_of_a_stream_is_read() -> None:
-    fields = {b"nonce": b"n", b"prev": b"-3", b"id": b"", b"wire": b"data: x\n\n", b"key": b""}
+    fields = {b"nonce": b"n", b"prev": b"-3", b"id": b"", b"wire": b"data: x\n\n"}
     assert Record.of((b"12-1700", fields)) == (12, 1700, -3, None, b"data: x\n\n", None)
     assert Record.of((b"12-1700", {**fields, b"key": b"A"})).key == "A"
     assert Record.of((b"12-1700", {**fields, b"id": b"own"})).id == "own"
