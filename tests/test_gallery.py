@@ -148,9 +148,10 @@ def reaches(page: Page, selector: str, least: int) -> None:
 
 
 def test_the_menu_opens_without_a_script_and_leads_to_every_page(
-    server: Server, visitor: Visitor
+    server: Server, browser: Browser
 ) -> None:
-    page = visitor.opens(server, "/binary")
+    page = browser.new_page(viewport=PHONE, java_script_enabled=False)  # type: ignore[arg-type]
+    page.goto(f"{server.url}/binary")
     menu = page.locator("#menu")
     expect(menu).to_be_hidden()
     page.click(".menu-button")
@@ -162,6 +163,7 @@ def test_the_menu_opens_without_a_script_and_leads_to_every_page(
     page.click(".menu-button")
     menu.get_by_text("Progress").click()
     expect(page.locator("h1")).to_have_text("Progress")
+    page.close()
 
 
 # Notifications
