@@ -35,6 +35,7 @@ forbid_services() {
     [ -e "$POLICY" ] && return 0
     printf '#!/bin/sh\nexit 101\n' | as_root tee "$POLICY" >/dev/null && as_root chmod 755 "$POLICY"
     trap 'as_root rm -f "$POLICY"' EXIT
+    trap 'exit 1' INT TERM
 }
 
 # Nor at the next boot.

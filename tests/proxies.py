@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     Changes = tuple[tuple[str, str], ...]
 
 SHOWN = ROOT / "docs" / "proxies"
-TIMEOUT = 1.0
-"""Of a proxy for a silent stream, in seconds."""
+TIMEOUT = 1
+"""Of a proxy for a silent stream, in seconds, where a test is about that."""
 
 # Nothing here should take a second; it is what a held-back event is told by.
 AT_ONCE = 5.0
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
     :ivar head: what stands before that: where its own files are, and what the system loads.
     :ivar plain: what is replaced to have it listen for HTTP.
     :ivar tls: what is replaced to have it listen for HTTPS.
-    :ivar timeout: what is replaced by :data:`TIMEOUT`, with ``60`` in it.
+    :ivar timeout: for a silent stream, with the ``60`` that is replaced.
     :ivar away: how it is made quick to find that nobody listens, and to say so.
     :ivar arguments: which run it in the foreground.
     """
@@ -120,7 +120,12 @@ def replaced(text: str, *pairs: tuple[str, str]) -> str:
 
 @contextmanager
 def proxy(
-    name: str, home: Path, app_port: int, *changes: tuple[str, str], tls: bool = False
+    name: str,
+    home: Path,
+    app_port: int,
+    *changes: tuple[str, str],
+    timeout: int = 60,
+    tls: bool = False,
 ) -> Iterator[Server]:
     """Run a proxy as documented: its ports, paths and times replaced, and what the test changes."""
     kind, port, pem = KINDS[name], free_port(), home / "example.com.pem"
@@ -133,10 +138,8 @@ def proxy(
             replaced((SHOWN / "away.asis").read_text("utf-8"), _RETRY), "utf-8"
         )
     own = [(old, new.format(**places)) for old, new in (kind.tls if tls else kind.plain)]
-    timeout = kind.timeout.replace("60", f"{TIMEOUT:.0f}")
-    text = replaced(
-        shown, *changes, *own, (kind.timeout, timeout), (_ADDRESS, f"127.0.0.1:{app_port}")
-    )
+    silence = (kind.timeout, kind.timeout.replace("60", str(timeout)))
+    text = replaced(shown, *changes, *own, silence, (_ADDRESS, f"127.0.0.1:{app_port}"))
     text = _with_paths(replaced(text, *kind.away), home)
     (home / kind.file).write_text(kind.head.format(**places) + text, "utf-8")
     _make_certificate(pem)
@@ -172,7 +175,7 @@ def _make_certificate(pem: Path) -> None:
 
 @contextmanager
 def nginx(home: Path, app_port: int, *changes: tuple[str, str]) -> Iterator[Server]:
-    with proxy("nginx", home, app_port, *changes) as server:
+    with proxy("nginx", home, app_port, *changes, timeout=TIMEOUT) as server:
         yield server
 
 

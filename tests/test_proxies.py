@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .browser import chromium
+from .canned import canned
 from .proxies import AT_ONCE, KINDS, TIMEOUT, app, connection_to, nginx, proxy, reading
 from .servers import Server, serving, wait_for
 from .test_clients import publish, state
@@ -94,7 +95,10 @@ def test_without_its_option_haproxy_holds_each_event_back(quiet: Server, tmp_pat
 
 @EVERY_PROXY
 def test_heartbeats_keep_a_silent_stream_open(beating: Server, tmp_path: Path, name: str) -> None:
-    with proxy(name, tmp_path, beating.port) as proxied, reading(proxied) as reader:
+    with (
+        proxy(name, tmp_path, beating.port, timeout=TIMEOUT) as proxied,
+        reading(proxied) as reader,
+    ):
         start = time.monotonic()
         while time.monotonic() - start < 1.5 * TIMEOUT:
             assert reader.chunk(), "the proxy has cut the stream"
@@ -109,16 +113,18 @@ def test_a_stream_that_is_silent_for_longer_than_the_timeout_is_cut(
     # HAProxy's timeout for tunnels is not for streams, whatever its name may promise.
     tunnel = [("timeout client", "timeout tunnel 60s\n    timeout client")]
     changes = tunnel if name == "haproxy" else []
-    with proxy(name, tmp_path, quiet.port, *changes) as proxied, reading(proxied) as reader:
+    with (
+        proxy(name, tmp_path, quiet.port, *changes, timeout=TIMEOUT) as proxied,
+        reading(proxied) as reader,
+    ):
         assert reader.chunk()
         # Caddy 2.6 sends the last chunk, as if the app had.
         assert reader.end() == ("complete" if name == "caddy" else "broken")
 
 
 def test_haproxys_timeout_for_clients_cuts_no_stream(quiet: Server, tmp_path: Path) -> None:
-    client = ("timeout client 60s", "timeout client 1s")
-    server = ("timeout server 60s", "timeout server 3600s  # timeout server 60s")
-    with proxy("haproxy", tmp_path, quiet.port, client, server) as proxied:
+    change = ("timeout client 60s", f"timeout client {TIMEOUT}s")
+    with proxy("haproxy", tmp_path, quiet.port, change) as proxied:
         with reading(proxied, timeout=1.5 * TIMEOUT) as reader:
             assert reader.chunk()
             with pytest.raises(TimeoutError):
@@ -371,6 +377,14 @@ def test_a_restart_is_survived_by_a_browser_and_without_its_lines_it_is_not(
         page.wait_for_function("seen.includes('reset')")
         publish(server, "after")
         page.wait_for_function("seen.at(-1) === 'after'")
+
+
+@EVERY_PROXY
+def test_an_app_that_hangs_up_without_an_answer_is_away_too(tmp_path: Path, name: str) -> None:
+    # Caddy asks more than once.
+    with canned(*[b""] * 100) as server, proxy(name, tmp_path, server.port) as proxied:
+        assert answer_to(proxied, "GET", "/stream", **EVENT_STREAM) == (200, b":\nretry: 20\n")
+        assert answer_to(proxied, "GET", "/stream")[0] == 502
 
 
 # Many tabs
