@@ -148,7 +148,12 @@ def proxy(
         [program, *arguments], port, {"HOME": str(home), "XDG_CONFIG_HOME": str(home)}
     ) as server:
         server.url = server.url.replace("http:", "https:" if tls else "http:")
-        yield server
+        try:
+            yield server
+        finally:
+            # The others are one process here, and some wait for their streams when told to stop.
+            if name != "nginx":
+                server.process.kill()
 
 
 def _load_modules(shown: str) -> str:

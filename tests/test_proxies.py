@@ -100,7 +100,7 @@ def test_heartbeats_keep_a_silent_stream_open(beating: Server, tmp_path: Path, n
         reading(proxied) as reader,
     ):
         start = time.monotonic()
-        while time.monotonic() - start < 1.5 * TIMEOUT:
+        while time.monotonic() - start < 1.3 * TIMEOUT:
             assert reader.chunk(), "the proxy has cut the stream"
         publish(beating, "still here")
         assert reader.event().data == "still here"
@@ -125,7 +125,7 @@ def test_a_stream_that_is_silent_for_longer_than_the_timeout_is_cut(
 def test_haproxys_timeout_for_clients_cuts_no_stream(quiet: Server, tmp_path: Path) -> None:
     change = ("timeout client 60s", f"timeout client {TIMEOUT}s")
     with proxy("haproxy", tmp_path, quiet.port, change) as proxied:
-        with reading(proxied, timeout=1.5 * TIMEOUT) as reader:
+        with reading(proxied, timeout=1.3 * TIMEOUT) as reader:
             assert reader.chunk()
             with pytest.raises(TimeoutError):
                 reader.chunk()
