@@ -197,12 +197,13 @@ def test_haproxy_notices_who_vanishes_without_a_word(beating: Server, tmp_path: 
 
 
 BEHIND_PROXY = """
+from flask import request
 from werkzeug.middleware.proxy_fix import ProxyFix
 from tests.apps import create_app
 
 app = create_app({"EVENTSTREAM_MAX_SUBSCRIBERS_PER_ADDRESS": 1})
 app.wsgi_app = ProxyFix(app.wsgi_app)
-app.add_url_rule("/scheme", "scheme", lambda: __import__("flask").request.scheme)
+app.add_url_rule("/scheme", "scheme", lambda: request.scheme)
 """
 
 
@@ -240,6 +241,15 @@ def test_nobody_gives_himself_another_address(
             for address in ("198.51.100.7", "198.51.100.8")
         ]
     assert statuses == [200, 200 if line else 429]
+
+
+@EVERY_PROXY
+def test_the_app_is_told_that_the_client_speaks_tls(
+    behind_proxy: Server, tmp_path: Path, name: str
+) -> None:
+    with proxy(name, tmp_path, behind_proxy.port, tls=True) as proxied:
+        answer = answer_to(proxied, "GET", "/scheme", **{"X-Forwarded-Proto": "http"})
+        assert answer == (200, b"https")
 
 
 # Compression
