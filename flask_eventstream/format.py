@@ -113,7 +113,7 @@ class OpenAIFormat(StreamFormat):
 
 
 class AISDKFormat(OpenAIFormat):
-    """What the ``useChat`` of Vercel's AI SDK reads: it ends as OpenAI's, and has errors as parts."""
+    """What ``useChat`` of Vercel's AI SDK reads: it ends as OpenAI's, and has errors as parts."""
 
     def last(self, type: str, message: str = "") -> ServerSentEvent:
         """Return the line that ends a message, or the part that fails it."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Response, request, send_file
 
+from flask_eventstream import EventStreamResponse, ServerSentEvent
+
 from .npm import CLIENTS
 from .servers import ROOT
 
@@ -36,7 +38,7 @@ IMPORTS = """<script type="importmap">
 {"imports": {"@microsoft/fetch-event-source": "/static/fetch-event-source.js",
              "@hotwired/turbo": "/static/turbo.js"}}
 </script>"""
-STREAMS = ("/headlines", "/stream/", "/ask", "/raw", "/still")
+STREAMS = ("/headlines", "/stream/", "/ask", "/raw", "/still/", "/finished")
 
 
 class Log:
@@ -69,7 +71,7 @@ log = Log()
 
 
 def library(filename: str) -> Response:
-    return send_file(LIBRARIES[filename], mimetype="text/javascript")
+    return send_file(LIBRARIES[filename], mimetype="text/javascript", max_age=60)
 
 
 def told() -> list[dict[str, Any]]:
@@ -105,7 +107,11 @@ def raw() -> Response:
     return Response(request.args["wire"], mimetype="text/event-stream")
 
 
-def still() -> Response:
+def finished() -> Response:
+    return EventStreamResponse([ServerSentEvent("once", retry=50)])
+
+
+def still(name: str) -> Response:
     """Send one event, and then nothing, like a connection that is dead."""
 
     def wire() -> Iterator[str]:
@@ -124,10 +130,12 @@ def with_imports(response: Response) -> Response:
 app.view_functions["static"] = library
 app.before_request(log.enter)
 app.after_request(with_imports)
-app.add_url_rule("/still", view_func=still)
+app.add_url_rule("/page/blank", "blank", lambda: "<body></body>")
+app.add_url_rule("/finished", view_func=finished)
+app.add_url_rule("/still/<name>", view_func=still)
 app.add_url_rule("/log", view_func=told)
 app.add_url_rule("/forget", view_func=forget, methods=["POST"])
 app.add_url_rule("/fail", view_func=fail, methods=["POST"])
 app.add_url_rule("/call", view_func=call, methods=["POST"])
 app.add_url_rule("/datastar", view_func=publish_datastar, methods=["POST"])
-app.add_url_rule("/raw", view_func=raw)
+app.add_url_rule("/raw", view_func=raw, methods=["GET", "POST"])

@@ -44,6 +44,12 @@ def tell(number, text):
     eventstream.publish(number, type="count", channel="headlines")
 
 
+@eventstream.stream("/rows")
+def rows():
+    for number, word in enumerate(words(), start=1):
+        yield render_template("headline.html", number=number, text=word)
+
+
 # [post]
 @app.post("/ask")
 def ask():

@@ -1,10 +1,11 @@
-// Usage: node ai-sdk.mjs URL TEXT
+// Usage: node ai-sdk.mjs URL TEXT URL_OF_A_STREAM_THAT_ONLY_STOPS
 import { DefaultChatTransport, readUIMessageStream } from "ai";
 
-const [url, text] = process.argv.slice(2);
+const [url, text, cutOff] = process.argv.slice(2);
 
 // [transport]
 const transport = new DefaultChatTransport({
+  headers: { Authorization: "Bearer secret" },
   prepareSendMessagesRequest: ({ id, messages }) => ({
     api: `${url}/stream/chat/${id}`,
     body: { messages },
@@ -21,10 +22,12 @@ async function read(stream) {
   return { message, errors };
 }
 
-const messages = [{ id: "1", role: "user", parts: [{ type: "text", text }] }];
-const chatId = text;
+const parts = text ? [{ type: "text", text }] : [];
+const messages = [{ id: "1", role: "user", parts }];
+const chatId = text || "nothing";
 console.log(JSON.stringify({
   sent: await read(await transport.sendMessages({ chatId, messages })),
   resumed: await read(await transport.reconnectToStream({ chatId })),
   none: await transport.reconnectToStream({ chatId: "none" }),
+  cutOff: await read(await new DefaultChatTransport({ api: cutOff }).sendMessages({ chatId, messages })),
 }));
