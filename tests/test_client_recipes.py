@@ -98,18 +98,22 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def open_page(site: Site, browser: Browser) -> Iterator[Open]:
+def page(site: Site, browser: Browser) -> Iterator[Page]:
     page = browser.contexts[0].new_page()
     page.set_default_timeout(20_000)
+    yield page
+    page.close()
 
+
+@pytest.fixture
+def open_page(site: Site, page: Page) -> Open:
     def open_(name: str) -> Page:
         if name.startswith("datastar"):
             has_datastar()
         page.goto(f"{site.url}/page/{name}")
         return page
 
-    yield open_
-    page.close()
+    return open_
 
 
 def has_datastar() -> None:
@@ -145,16 +149,15 @@ FOLLOWING = [*WITH_CURSOR, "event-source-polyfill"]
 
 @pytest.mark.parametrize("client", WITH_CURSOR)
 def test_what_comes_between_the_page_and_its_stream_is_not_missed(
-    site: Site, browser: Browser, client: str
+    site: Site, page: Page, open_page: Open, client: str
 ) -> None:
     def publish_first(route: Route) -> None:
         site.publish(client, 1, "between")
         route.continue_()
 
-    with browser.contexts[0].new_page() as page:
-        page.route("**/headlines*", publish_first, times=1)
-        page.goto(f"{site.url}/page/{client}")
-        wait_for_texts(page, "between")
+    page.route("**/headlines*", publish_first, times=1)
+    open_page(client)
+    wait_for_texts(page, "between")
 
 
 @pytest.mark.parametrize("client", FOLLOWING)
@@ -208,19 +211,14 @@ def test_a_client_stops_for_good_at_a_502(site: Site, open_page: Open, client: s
 
 @pytest.mark.parametrize("client", ["eventsource", "turbo-follow"])
 def test_a_page_is_drawn_anew_when_what_it_missed_is_gone(
-    site: Site, open_page: Open, client: str
+    site: Site, page: Page, open_page: Open, client: str
 ) -> None:
-    page = open_page(client)
-    page.route(
-        "**/headlines*",
-        lambda route: route.continue_(url=f"{site.url}/headlines?lastEventId=gone-1"),
-        times=1,
-    )
-    drawn: list[Page] = []
-    page.on("load", drawn.append)
-    page.reload()
-    page.wait_for_event("load", predicate=lambda _: len(drawn) >= 2)
-    wait_for(site.has_subscriber)
+    def lose(route: Route) -> None:
+        route.continue_(url=f"{site.url}/headlines?lastEventId=gone-1")
+
+    page.route("**/headlines*", lose, times=1)
+    open_page(client)
+    page.wait_for_function("performance.getEntriesByType('navigation')[0].type == 'reload'")
 
 
 @pytest.mark.parametrize("client", ["eventsource", "htmx2", "htmx4"])
@@ -231,6 +229,30 @@ def test_an_event_with_a_type_reaches_who_waits_for_it(
     site.call("tell", 41, "one")
     page.wait_for_function("count.value == '41'")
     assert texts(page) == ["one"]
+
+
+def show_tab(page: Page, is_shown: bool) -> None:
+    page.evaluate(
+        """isShown => {
+            Object.defineProperty(document, "hidden", { value: !isShown, configurable: true });
+            document.dispatchEvent(new Event("visibilitychange"));
+        }""",
+        is_shown,
+    )
+
+
+@pytest.mark.parametrize("client", ["htmx4", "datastar-follow"])
+def test_a_client_that_leaves_with_its_tab_comes_back_and_misses_nothing(
+    site: Site, open_page: Open, client: str
+) -> None:
+    page = open_page(client)
+    site.publish(client, 1, "one")
+    wait_for_texts(page, "one")
+    show_tab(page, False)
+    wait_for(lambda: not site.has_subscriber())
+    site.publish(client, 2, "two")
+    show_tab(page, True)
+    wait_for_texts(page, "one", "two")
 
 
 # The browser's own EventSource
@@ -337,7 +359,7 @@ def test_an_id_that_is_not_ascii_keeps_fetch_event_source_from_coming_back(
                 });
             });
         }""",
-        f"/raw?wire={quote('retry: 1\ndata: a\nid: 数\n\n')}",
+        "/raw?wire=" + quote("retry: 1\ndata: a\nid: 数\n\n"),
     )
     assert told[0] == "closed"
     assert all("ISO-8859-1" in message for message in told[1:])
@@ -569,6 +591,13 @@ def test_the_ai_sdk_is_told_of_a_failure_and_takes_a_stream_that_only_stops_for_
     assert (told["cutOff"]["errors"], told["cutOff"]["message"]["parts"][0]["text"]) == ([], "Hel")
 
 
+def test_the_ai_sdk_takes_a_502_for_an_error(site: Site) -> None:
+    site.post("/fail?times=1")
+    done = run_node("ai-sdk.mjs", site.url, "Hello", f"{site.url}/raw?wire=")
+    assert done.returncode == 1
+    assert "no upstream" in done.stderr
+
+
 # Python
 
 
@@ -622,6 +651,12 @@ def test_sseclient_reads_from_its_cursor(site: Site) -> None:
     assert told[0].id > cursor
     events = list(read(f"{site.url}/stream/words"))
     assert [event.event for event in events] == ["message"] * 3 + ["end"]
+
+
+def test_sseclient_with_requests_raises_at_a_502(site: Site) -> None:
+    site.post("/fail?times=1")
+    with pytest.raises(OSError, match="502"):
+        next(recipe("read_with_sseclient")(f"{site.url}/headlines"))
 
 
 def test_sseclient_notices_a_connection_that_is_dead(site: Site) -> None:
