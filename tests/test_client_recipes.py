@@ -314,15 +314,29 @@ def test_fetch_event_source_posts_a_question_with_a_header(site: Site, open_page
     assert (asked["method"], asked["authorization"]) == ("POST", "Bearer secret")
 
 
-@pytest.mark.parametrize(("status", "requests"), [(502, 2), (401, 1)])
-def test_fetch_event_source_asks_again_after_a_502_and_not_after_a_401(
+@pytest.mark.parametrize(("status", "requests"), [(502, 2), (401, 1), (204, 1)])
+def test_fetch_event_source_asks_again_after_a_502_and_not_after_a_401_or_204(
     site: Site, open_page: Open, status: int, requests: int
 ) -> None:
     site.post(f"/fail?times=1&status={status}")
     page = open_page("fetch-event-source")
     page.wait_for_function("text.innerText.trim()")
-    page.wait_for_function("/end|upstream/.test(text.innerText)")
+    page.wait_for_function("/end|upstream|no more/.test(text.innerText)")
     assert len(site.requests("/ask")) == requests
+
+
+def test_fetch_event_source_would_ask_again_and_again_after_a_204(
+    site: Site, open_page: Open
+) -> None:
+    page = open_page("blank")
+    page.evaluate(
+        """async () => {
+            const { fetchEventSource } = await import("/static/fetch-event-source.js");
+            const headers = { "last-event-id": "end" };
+            fetchEventSource("/finished", { headers, onerror: () => 1 });
+        }"""
+    )
+    wait_for(lambda: site.requests("/finished")[2:])
 
 
 def test_fetch_event_source_asks_twice_when_its_tab_is_shown_unless_told_not_to(
