@@ -16,9 +16,9 @@ from .event import HEARTBEAT
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .broker import Subscription
     from .places import Place
     from .shutdown import Shutdown
+    from .subscription import Subscription
 
 
 _PROBE_SECONDS = 1.0
