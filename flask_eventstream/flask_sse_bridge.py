@@ -9,8 +9,8 @@ order, though, and so they can count. The rules:
   others do what they did anyway.
 * What counts as the same message: the *n*-th of its channel in its round. A round begins for all
   processes with a note, which whoever begins to hear a channel sends. It hears others' messages
-  before that, and leaves them to those who have been there. If it is faster than they are, the
-  first one after the note may overtake the last one before it.
+  before that, and leaves them to those who have been there. They may not have come as far yet,
+  and so it waits a while with its first offers: it must not overtake them.
 * A copy of our own is sent in one step with a note before it. The message behind that note is the
   copy, and nobody offers it.
 """
@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 from . import concurrency
 from .broker import channel_names
 from .errors import BrokerUnavailableError, EventStreamError, InvalidFieldError
+from .flask_sse_scripts import COPY, TAKE
 from .local_broker import MINTED_HINT
 from .redis_broker import LEAST_KEPT, MARGIN_SECONDS
 from .redis_link import LOST, MintedIdError, RedisLink
-from .redis_scripts import APPEND, STATE, Keys, Script
+from .redis_scripts import Keys, Script
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,45 +43,13 @@ if TYPE_CHECKING:
     from .local_broker import LocalBroker
     from .redis_link import Listener
 
-TAKE = (
-    STATE
-    + """
--- Publishes an event that Flask-SSE has sent, unless another process was faster.
--- KEYS[3]: the channel. KEYS[4]: what is taken of it in this round. ARGV: 1 how many events a
--- channel keeps, 2 for how many seconds, 3 the number of the event in the round, 4 its own id or
--- '', 5 its wire.
-local taken = redis.call('HMGET', KEYS[4], 'taken')[1]
-if tonumber(taken or 0) >= tonumber(ARGV[3]) then
-  return 0
-end
-if string.match(ARGV[4], '^(%x+)%-%d+$') == epoch then
-  return redis.error_reply('MINTED ' .. ARGV[4])
-end
--- Memory is first needed here. If it is refused, nothing has happened.
-redis.call('HSET', KEYS[4], 'taken', ARGV[3])
-redis.call('EXPIRE', KEYS[4], 300)
-local keep, seconds, nonce, last_key = tonumber(ARGV[1]), tonumber(ARGV[2]), '', 3
-local events, first = {ARGV[4], ARGV[5]}, 1
-"""
-    + APPEND
-    + """
-return 1
-"""
-)
-
-COPY = """\
--- Sends a copy right behind the note that it is one. A script is one step: nothing comes between.
--- ARGV: 1 the name of the notes, 2 the note, 3 the name of the channel, 4 the copy.
-redis.call('PUBLISH', ARGV[1], ARGV[2])
-return redis.call('PUBLISH', ARGV[3], ARGV[4])
-"""
-
 _TIMEOUT, _CONNECTIONS = 5, 8
 _TICK_SECONDS, _SWEEP_SECONDS = 0.5, 5.0
 _SILENCE_SECONDS = 2.0
 _LONGEST_PAUSE = 5.0
 _MESSAGES_IN_A_ROW = 256
 _LEAST_PATIENCE = 20.0
+_HOLD_SECONDS = 0.25
 _MOST_IDLE = 10_000
 
 _LEFT_OUT = "What came from Flask-SSE on %r was left out: %s"
@@ -136,6 +105,9 @@ class Bridge:
         self._followed: dict[str, float] = {}
         self._heard: set[str] = set()
         self._ready: set[str] = set()
+        # Until when which channel waits, and what waits: all of a channel for the same time.
+        self._holds: dict[str, float] = {}
+        self._held: list[tuple[float, str, str, int, bytes]] = []
         self._own = self._keys.process(secrets.token_hex(8))
 
     def copy(self, channel: str, text: str) -> None:
@@ -235,8 +207,9 @@ class Bridge:
 
     def _turn(self, listener: Listener) -> None:
         self._join(listener)
-        if listener.has_message(_TICK_SECONDS):
+        if listener.has_message(_HOLD_SECONDS / 5 if self._held else _TICK_SECONDS):
             self._hear_all(listener)
+        self._offer_held()
         silence = time.monotonic() - self._last_heard
         if silence >= 2 * _SILENCE_SECONDS and self._has_asked:
             raise ConnectionError(f"nothing was heard for {silence:.1f} s")
@@ -261,7 +234,10 @@ class Bridge:
                 awaited.discard(message[1])
         token = secrets.token_hex(8)
         self._joining[token] = names
-        self._link.pipeline([("PUBLISH", self._keys.notes, f"round {token}")], begin=-math.inf)
+        note = ("PUBLISH", self._keys.notes, f"round {token}")
+        [processes] = self._link.pipeline([note], begin=-math.inf)
+        until = time.monotonic() + (_HOLD_SECONDS if processes > 1 else 0)
+        self._holds.update(dict.fromkeys(names, until))
 
     def _hear_all(self, listener: Listener) -> None:
         for _ in range(_MESSAGES_IN_A_ROW):
@@ -282,7 +258,10 @@ class Bridge:
             self._note(text)
         elif (channel := name.decode()) in self._ready:
             self._counts[channel] += 1
-            self._offer(channel, text)
+            due = self._holds[channel]
+            self._held.append((due, channel, self._round, self._counts[channel], text))
+            if due <= self._last_heard:
+                self._offer_held()
 
     def _note(self, text: bytes) -> None:
         what, _, value = text.partition(b" ")
@@ -296,9 +275,16 @@ class Bridge:
         self._has_failed = False
         self._progress.notify()
 
-    def _offer(self, channel: str, text: bytes) -> None:
-        known, number = self._keys, self._counts[channel]
-        taken = known.taken(self._round, channel)
+    def _offer_held(self) -> None:
+        now = time.monotonic()
+        due = [each for each in self._held if each[0] <= now]
+        self._held = [each for each in self._held if each[0] > now]
+        for each in due:
+            self._offer(*each[1:])
+
+    def _offer(self, channel: str, round: str, number: int, text: bytes) -> None:
+        known = self._keys
+        taken = known.taken(round, channel)
         keys = (known.state, known.marks, known.channel(channel), taken)
         try:
             event = self._as_event(text)
@@ -324,6 +310,7 @@ class Bridge:
             names = [name for _, name in left]
             for name in names:
                 del self._followed[name]
+                self._holds.pop(name, None)
             self._ready.difference_update(names)
             self._heard.difference_update(names)
         if names:

@@ -106,9 +106,63 @@ def test_while_processes_come_and_go_each_message_is_taken_once(
     publisher.join()
     last = next(numbers)
     sent(redis, f"<{last}>", "seam")
-    wait_for(lambda: first.has_got(subscription, f"<{last}>"))
+    wait_for(lambda: first.has_got(subscription, *[f"<{n}>" for n in range(last + 1)]))
     found = [line for line in first.wire.split(b"\n") if line.startswith(b"data: ")]
     assert Counter(found) == Counter(b"data: <%d>" % n for n in range(last + 1))
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Side], threading.Event]]:
+    """Return what has a side stand still at its next message until an event is set."""
+    gates = []
+
+    def shut(one: Side) -> threading.Event:
+        as_event = one.bridge._as_event
+        gates.append(threading.Event())
+
+        def wait(text: bytes) -> ServerSentEvent:
+            gates[-1].wait(20)
+            return as_event(text)
+
+        monkeypatch.setattr(one.bridge, "_as_event", wait)
+        return gates[-1]
+
+    yield shut
+    for one in gates:
+        one.set()
+
+
+def test_a_process_that_has_just_come_overtakes_nobody(
+    side: Callable[..., Side],
+    redis: RedisServer,
+    gate: Callable[[Side], threading.Event],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flask_sse_bridge, "_HOLD_SECONDS", 20)
+    slow, quick = side(), side()
+    slow.subscribe("overtaking").close()
+    go_on = gate(slow)
+    sent(redis, "1", "overtaking")
+    subscription = quick.subscribe("overtaking")
+    sent(redis, "2", "overtaking")
+    wait_for(lambda: len(quick.bridge._held) == 1)
+    go_on.set()
+    wait_for(lambda: quick.has_got(subscription, "data: 1\n", "data: 2\n"))
+    assert quick.wire.index(b"data: 1\n") < quick.wire.index(b"data: 2\n")
+
+
+def test_what_the_others_do_not_take_it_takes_itself_in_the_end(
+    side: Callable[..., Side], redis: RedisServer, gate: Callable[[Side], threading.Event]
+) -> None:
+    stuck, other = side(), side()
+    stuck.subscribe("stuck").close()
+    gate(stuck)
+    sent(redis, "1", "stuck")
+    subscription = other.subscribe("stuck")
+    for n in (2, 3):
+        sent(redis, n, "stuck")
+    wait_for(lambda: other.has_got(subscription, "data: 2\n", "data: 3\n"))
+    assert b"data: 1\n" not in other.wire
 
 
 def test_a_message_that_nobody_could_have_published_is_left_out_and_logged(
