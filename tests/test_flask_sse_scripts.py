@@ -29,7 +29,8 @@ def test_a_number_of_a_round_is_taken_once(redis: RedisServer) -> None:
 def test_an_id_that_the_broker_gives_is_refused(redis: RedisServer) -> None:
     keys = Keys(redis.prefix(), 0)
     assert take(redis, keys, "r", 1, "own") == 1
-    epoch = (redis.redis.hget(keys.state, "epoch") or b"").decode()
+    client: Any = redis.redis
+    epoch = client.hget(keys.state, "epoch").decode()
     with pytest.raises(ResponseError, match=f"MINTED {epoch}-9"):
         take(redis, keys, "r", 2, f"{epoch}-9")
     assert take(redis, keys, "r", 2, f"{epoch}-") == 1
