@@ -18,7 +18,7 @@ from werkzeug.exceptions import HTTPException
 
 from flask_eventstream import eventstream
 
-from . import binary, inspector, log, notifications, progress
+from . import binary, inspector, log, notifications, progress, ticker
 from .chat_api import api, in_json
 from .pages import pages
 from .streams import examples, messages
@@ -38,6 +38,8 @@ PACE = {
     "FRAME_SECONDS": 1 / 15,
     "PULSE_SECONDS": 0.5,
     "RIGHT_SECONDS": 600,
+    "TICK_SECONDS": 0.2,
+    "REST_SECONDS": 5.0,
 }
 """The pauses of the streams, in seconds; tests make them shorter."""
 
@@ -47,6 +49,7 @@ GALLERY = (
     progress.progress,
     binary.binary,
     inspector.inspector,
+    ticker.ticker,
 )
 """The blueprints of what people build."""
 

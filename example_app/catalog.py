@@ -107,6 +107,11 @@ GROUPS = (
                 "Everything that comes over the wire: events, comments, bytes, latency. Cut the "
                 "connection and see what happens.",
             ),
+            Example(
+                "ticker",
+                "Ticker",
+                "All prices first, then each that changes. Who reads slowly gets only the newest.",
+            ),
         ),
     ),
 )

@@ -11,7 +11,7 @@ from flask import Blueprint, render_template, request
 
 from flask_eventstream import eventstream
 
-from . import binary, chat_api, inspector, log, notifications, progress, streams, worker
+from . import binary, chat_api, inspector, log, notifications, progress, streams, ticker, worker
 from .catalog import EXAMPLES, GROUPS
 
 if TYPE_CHECKING:
@@ -135,6 +135,24 @@ def frames() -> str:
 def inspect_stream() -> str:
     functions = [inspector.pulse, inspector.now]
     return _page("inspector", functions, streams=inspector.STREAMS)
+
+
+@pages.get("/ticker")
+def prices() -> str:
+    functions: list[Callable[..., Any]] = [
+        ticker.prices,
+        ticker.heavy,
+        ticker.all_prices,
+        ticker.publish_trades,
+        ticker.publish_trade,
+        ticker.Feeder,
+        ticker.is_watched,
+        ticker.feed,
+        ticker.has_turn,
+        ticker.latest_trade,
+        ticker.price,
+    ]
+    return _page("ticker", functions, **ticker.for_page())
 
 
 def _page(name: str, functions: list[Callable[..., Any]], **values: Any) -> str:

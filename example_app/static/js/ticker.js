@@ -1,0 +1,141 @@
+import { readEvents } from "./read-events.js";
+
+const $ = (id) => document.getElementById(id);
+const REST = $("demo").dataset.rest * 1000, READING = REST / 2, LOOK = 250; // milliseconds
+const quotes = new Map(); // What each row shows.
+const source = new EventSource("/ticker/prices");
+let count = 0;
+let slow; // The slow reader, if there is one.
+
+source.addEventListener("snapshot", (event) => {
+  for (const { symbol, trade, past } of JSON.parse(event.data)) {
+    const first = quotes.get(symbol)?.first ?? past.at(-1);
+    quotes.set(symbol, { trade, past, first });
+    draw(symbol);
+  }
+});
+
+source.onmessage = (event) => {
+  const { symbol, trade, price } = JSON.parse(event.data);
+  const quote = quotes.get(symbol);
+  $("count").textContent = ++count;
+  if (trade <= quote.trade) return; // The snapshot had it already.
+  quote.trade = trade;
+  quote.past = [...quote.past.slice(1), price];
+  draw(symbol);
+};
+
+source.onopen = source.onerror = () => {
+  const state = ["connecting", "open", "closed"][source.readyState];
+  show("state", state);
+};
+
+function draw(symbol) {
+  const { past, first } = quotes.get(symbol);
+  const [before, now] = past.slice(-2);
+  const row = $(symbol);
+  const percent = (now / first - 1) * 100;
+  row.dataset.trend = now < before ? "down" : "up";
+  fill(row, "price", `${now < before ? "▼" : "▲"} ${now.toFixed(2)}`);
+  fill(row, "change", `${percent < 0 ? "−" : "+"}${Math.abs(percent).toFixed(1)} %`);
+  const low = Math.min(...past), height = Math.max(...past) - low || 1;
+  const points = past.map((price, x) => `${x},${19 - (18 * (price - low)) / height}`);
+  row.querySelector("polyline").setAttribute("points", points.join(" "));
+}
+
+/** Read, and rest now and then, while what comes has to wait. */
+async function readSlowly() {
+  const reader = (slow = newReader());
+  const { signal } = reader.controller;
+  try {
+    show("slow-state", "connecting");
+    const response = await fetch("/ticker/heavy", { signal });
+    if (!response.ok) throw new Error(await response.text());
+    show("slow-state", "reading");
+    for await (const { data } of readEvents(response.body)) {
+      take(reader, JSON.parse(data));
+      if (reader.isDue) await rest(reader);
+    }
+    throw new Error("The stream broke off.");
+  } catch (error) {
+    if (signal.aborted) return;
+    $("problem").textContent = error.message;
+    $("slow").click();
+  }
+}
+
+function newReader() {
+  const controller = new AbortController(), since = performance.now();
+  return { controller, since, expected: trades(), seen: new Map(), published: 0, received: 0 };
+}
+
+/** Count what came, and what was published: the trades of a symbol are numbered without a gap. */
+function take(reader, { symbol, trade, price }) {
+  const before = reader.seen.get(symbol)?.trade ?? trade - 1;
+  if (trade <= before) return; // Two machines have fed the same.
+  reader.seen.set(symbol, { trade, price });
+  reader.published += trade - before;
+  reader.received += 1;
+}
+
+async function rest(reader) {
+  const { published, received } = reader;
+  reader.isDue = false;
+  show("slow-state", "not reading");
+  await new Promise((resolve) => setTimeout(resolve, REST));
+  reader.before = { published, received };
+  reader.since = performance.now();
+  if (reader === slow) show("slow-state", "reading");
+}
+
+/** Compare what the slow reader has with what the rows have shown at the last look. */
+function look() {
+  if (!slow) return;
+  let stale = 0;
+  for (const [symbol, { trade, price }] of slow.seen) {
+    const behind = Math.max(0, slow.expected.get(symbol) - trade);
+    const words = behind ? `${behind} behind` : price.toFixed(2);
+    fill($(symbol), "slow", words).classList.toggle("stale", behind);
+    if (behind) stale += 1;
+  }
+  for (const name of ["published", "received"]) $(name).textContent = slow[name];
+  $("replaced").textContent = slow.published - slow.received;
+  $("stale").textContent = stale;
+  if (!stale && slow.before) report(slow);
+  slow.isDue = !stale && performance.now() > slow.since + READING;
+  slow.expected = trades();
+}
+
+function report(reader) {
+  const seconds = ((performance.now() - reader.since) / 1000).toFixed(1);
+  const published = reader.published - reader.before.published;
+  const received = reader.received - reader.before.received;
+  $("report").textContent = `Of ${published} events since it stopped to read, ${received} came and
+    ${published - received} were replaced. ${seconds} s after its rest no price was stale.`;
+  reader.before = null;
+}
+
+function trades() {
+  return new Map([...quotes].map(([symbol, { trade }]) => [symbol, trade]));
+}
+
+function fill(row, name, text) {
+  const cell = row.querySelector(`.${name}`);
+  cell.textContent = text;
+  return cell;
+}
+
+function show(id, state) {
+  $(id).textContent = $(id).dataset.state = state;
+}
+
+$("slow").addEventListener("change", ({ target }) => {
+  slow?.controller.abort();
+  slow = null;
+  $("demo").classList.toggle("with-slow", target.checked);
+  $("slow-reader").hidden = !target.checked;
+  $("problem").textContent = "";
+  if (target.checked) readSlowly();
+});
+$("slow").disabled = false;
+setInterval(look, LOOK);
