@@ -18,7 +18,7 @@ from werkzeug.exceptions import HTTPException
 
 from flask_eventstream import eventstream
 
-from . import binary, inspector, log, notifications, progress, ticker
+from . import binary, game, inspector, log, notifications, progress, ticker
 from .chat_api import api, in_json
 from .pages import pages
 from .streams import examples, messages
@@ -40,6 +40,7 @@ PACE = {
     "RIGHT_SECONDS": 600,
     "TICK_SECONDS": 0.2,
     "REST_SECONDS": 5.0,
+    "DOT_SECONDS": 3.0,
 }
 """The pauses of the streams, in seconds; tests make them shorter."""
 
@@ -50,6 +51,7 @@ GALLERY = (
     binary.binary,
     inspector.inspector,
     ticker.ticker,
+    game.game,
 )
 """The blueprints of what people build."""
 

@@ -112,6 +112,11 @@ GROUPS = (
                 "Ticker",
                 "All prices first, then each that changes. Who reads slowly gets only the newest.",
             ),
+            Example(
+                "game",
+                "Game",
+                "Everybody's cursor on one field, and a dot to catch. The server remembers nothing.",
+            ),
         ),
     ),
 )

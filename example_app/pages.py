@@ -11,7 +11,7 @@ from flask import Blueprint, render_template, request
 
 from flask_eventstream import eventstream
 
-from . import binary, chat_api, inspector, log, notifications, progress, streams, ticker, worker
+from . import binary, chat_api, game, inspector, log, notifications, progress, streams, ticker, worker
 from .catalog import EXAMPLES, GROUPS
 
 if TYPE_CHECKING:
@@ -153,6 +153,19 @@ def prices() -> str:
         ticker.price,
     ]
     return _page("ticker", functions, **ticker.for_page())
+
+
+@pages.get("/game")
+def field() -> str:
+    functions: list[Callable[..., Any]] = [
+        game.events,
+        game.move,
+        game.leave,
+        game.touches,
+        game.place_of,
+        game.player,
+    ]
+    return _page("game", functions, **game.for_page())
 
 
 def _page(name: str, functions: list[Callable[..., Any]], **values: Any) -> str:
