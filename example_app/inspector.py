@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from itertools import count
 from typing import TYPE_CHECKING
 
-from flask import current_app
+from flask import current_app, request
 
 from flask_eventstream import EventStream, ServerSentEvent, interval
 
@@ -29,8 +30,9 @@ STREAMS = {
 @inspector.stream("/pulse", methods=["GET"])
 def pulse() -> Iterator[ServerSentEvent | None]:
     """Send events with the time they were made at, and heartbeats."""
+    seen = request.headers.get("Last-Event-ID", 0, type=int)
     yield ServerSentEvent("Hello!\nTwo lines.", "greeting", retry=1000)
-    for number in interval(current_app.config["PULSE_SECONDS"]):
+    for number, _ in zip(count(seen + 1), interval(current_app.config["PULSE_SECONDS"])):
         yield None  # a heartbeat
         now = {"number": number, "sent": round(time.time() * 1000)}
         yield ServerSentEvent(now, "pulse", id=number)

@@ -6,7 +6,7 @@ import fcntl
 import os
 import random
 import re
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
@@ -37,9 +37,7 @@ def follow() -> Iterator[ServerSentEvent]:
     """Send each line with an id that tells where the next one begins."""
     path = Path(current_app.config["LOG_FILE"])
     pause = current_app.config["LOG_SECONDS"]
-    over = begin_to_write(path, pause)
-    try:
-        tail = Tail(path)
+    with written_to(path, pause), closing(Tail(path)) as tail:
         cursor = request.headers.get("Last-Event-ID")
         if not tail.starts_at(cursor):
             # Like a channel whose history ends: never a hole without a word.
@@ -47,8 +45,6 @@ def follow() -> Iterator[ServerSentEvent]:
         for _ in interval(pause / 4):
             for id, line in tail.new_lines():
                 yield ServerSentEvent(line, id=id)
-    finally:
-        over.set()
 
 
 @log.post("/burst")
@@ -76,8 +72,9 @@ class Tail:
         end = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         if cursor is None:
-            self._file.seek(max(0, end - 1000))
-            self._file.readline()  # which is half a line
+            if end > 1000:
+                self._file.seek(end - 1000)
+                self._file.readline()  # which is half a line
             return True
         name, _, offset = cursor.partition("-")
         if name != self._name or not offset.isdecimal() or int(offset) > end:
@@ -94,11 +91,17 @@ class Tail:
             offset += len(line)
             yield f"{self._name}-{offset}", line.decode().rstrip("\n")
         if is_replaced:
+            self.close()
             self._open()
 
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
 
-def begin_to_write(path: Path, pause: float) -> Event:
-    """Have a thread or greenlet write, until the event is set."""
+
+@contextmanager
+def written_to(path: Path, pause: float) -> Iterator[None]:
+    """Have a thread or greenlet write, as long as the block runs."""
     append(path, 1)
     over = Event()
 
@@ -107,7 +110,10 @@ def begin_to_write(path: Path, pause: float) -> Event:
             append(path, 1)
 
     Thread(target=write, daemon=True).start()
-    return over
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def append(path: Path, lines: int) -> None:

@@ -11,8 +11,9 @@ from flask import Blueprint, render_template, request
 
 from flask_eventstream import eventstream
 
-from . import binary, chat_api, game, inspector, log, notifications, progress, streams, ticker, worker
+from . import binary, chat_api, game, inspector, log, notifications, progress, streams, ticker
 from .catalog import EXAMPLES, GROUPS
+from .job import Job, run_alone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,7 +101,7 @@ def follow() -> str:
         log.follow,
         log.burst,
         log.Tail,
-        log.begin_to_write,
+        log.written_to,
         log.append,
     ]
     return _page("log", functions, burst=log.BURST)
@@ -115,7 +116,8 @@ def jobs() -> str:
         progress.all_jobs,
         progress.one_job,
         progress.cancel,
-        worker.Job,
+        Job,
+        run_alone,
     ]
     return _page("progress", functions, **progress.for_page())
 

@@ -18,7 +18,7 @@ from flask import Blueprint, abort, current_app, request, session
 from flask_eventstream import MemoryBroker, eventstream
 from flask_eventstream.errors import BrokerUnavailableError
 
-from .worker import Job
+from .job import Job
 
 if TYPE_CHECKING:
     from uuid import UUID

@@ -3,7 +3,7 @@ import { readEvents } from "./read-events.js";
 const $ = (id) => document.getElementById(id);
 const SHOWN = 500;
 const RETRY = 1000;
-let connection;
+let connection, isScrolling = false;
 let cursor = "", first = 0, last = 0;
 
 /** Read the log until Pause, over as many connections as it takes. */
@@ -59,14 +59,25 @@ function startAnew() {
 }
 
 function write(text, kind) {
-  const isAtEnd = $("lines").scrollHeight - $("lines").scrollTop - $("lines").clientHeight < 40;
+  scrollSoon();
   const row = document.createElement("li");
   row.className = kind;
   row.textContent = text;
   row.hidden = !isShown(row);
   $("lines").append(row);
   if ($("lines").children.length > SHOWN) $("lines").firstChild.remove();
-  if (isAtEnd) $("lines").scrollTop = $("lines").scrollHeight;
+}
+
+/** Stay at the end, unless somebody has scrolled up. To look costs a layout: once a frame. */
+function scrollSoon() {
+  if (isScrolling) return;
+  isScrolling = true;
+  const { scrollHeight, scrollTop, clientHeight } = $("lines");
+  const isAtEnd = scrollHeight - scrollTop - clientHeight < 40;
+  requestAnimationFrame(() => {
+    isScrolling = false;
+    if (isAtEnd) $("lines").scrollTop = $("lines").scrollHeight;
+  });
 }
 
 function isShown(row) {
