@@ -18,7 +18,7 @@ from werkzeug.exceptions import HTTPException
 
 from flask_eventstream import eventstream
 
-from . import binary, game, inspector, log, notifications, progress, ticker
+from . import binary, chat_room, game, inspector, log, notifications, progress, ticker
 from .chat_api import api, in_json
 from .pages import pages
 from .streams import examples, messages
@@ -52,6 +52,7 @@ GALLERY = (
     inspector.inspector,
     ticker.ticker,
     game.game,
+    chat_room.chat_room,
 )
 """The blueprints of what people build."""
 

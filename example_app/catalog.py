@@ -117,6 +117,12 @@ GROUPS = (
                 "Game",
                 "Everybody's cursor on one field, and a dot to catch. The server remembers nothing.",
             ),
+            Example(
+                "chat-room",
+                "Chat room",
+                "Who is here, who comes and who goes, and what was said before. A reload is no "
+                "farewell.",
+            ),
         ),
     ),
 )

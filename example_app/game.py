@@ -25,7 +25,7 @@ game = Blueprint("game", __name__, url_prefix="/game")
 WIDTH = 1.5
 """How wide the field is; it is 1 high."""
 
-NEAR = 0.06
+NEAR = 0.08
 """How near a cursor has to come to a dot."""
 
 POINT_SECONDS = 240

@@ -11,7 +11,18 @@ from flask import Blueprint, render_template, request
 
 from flask_eventstream import eventstream
 
-from . import binary, chat_api, game, inspector, log, notifications, progress, streams, ticker
+from . import (
+    binary,
+    chat_api,
+    chat_room,
+    game,
+    inspector,
+    log,
+    notifications,
+    progress,
+    streams,
+    ticker,
+)
 from .catalog import EXAMPLES, GROUPS
 from .job import Job, run_alone
 
@@ -168,6 +179,20 @@ def field() -> str:
         game.player,
     ]
     return _page("game", functions, **game.for_page())
+
+
+@pages.get("/chat-room")
+def enter_room() -> str:
+    functions: list[Callable[..., Any]] = [
+        chat_room.events,
+        chat_room.say,
+        chat_room.change_name,
+        chat_room.my_name,
+        chat_room.channel,
+        chat_room.for_page,
+    ]
+    room = request.args.get("room", chat_room.ROOMS[0])
+    return _page("chat-room", functions, **chat_room.for_page(room))
 
 
 def _page(name: str, functions: list[Callable[..., Any]], **values: Any) -> str:
