@@ -109,7 +109,7 @@ class Feeder:
         with self._mutex:
             if not self._is_running:
                 self._is_running = True
-                Thread(target=self._run, daemon=True).start()
+                Thread(target=self._run, name="ticker", daemon=True).start()
 
     def _run(self) -> None:
         told: dict[str, int] = {}
