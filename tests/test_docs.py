@@ -255,7 +255,7 @@ def page(name):
     return '''<pre id="who"></pre><pre id="said"></pre><script>
 const heard = [];
 {script}
-for (const type of ["join", "leave"]) {{ on(type, (data) => heard.push(type + " " + data.member)); }}
+for (const type of ["join", "leave"]) on(type, (data) => heard.push(`${{type}} ${{data.member}}`));
 </script>'''
 """
 
