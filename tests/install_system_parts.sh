@@ -3,6 +3,7 @@
 # or with sudo. Elsewhere the tests that need them are skipped by name; with CI=true they fail.
 # As an argument, "venv" installs what Python's venv needs instead, and "redis" a Redis server.
 set -u
+POLICY=/usr/sbin/policy-rc.d
 
 missing() {
     if [ "${1:-}" = venv ]; then
@@ -13,6 +14,10 @@ missing() {
     [ "${1:-}" = redis ] && return
     command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
     command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || echo nginx-light
+    command -v haproxy >/dev/null || [ -x /usr/sbin/haproxy ] || echo haproxy
+    command -v caddy >/dev/null || echo caddy
+    # The program and its modules; the package apache2 would add the service.
+    command -v httpd >/dev/null || [ -x /usr/sbin/apache2 ] || echo apache2-bin
     command -v curl >/dev/null || echo curl
     command -v openssl >/dev/null || echo openssl
     command -v node >/dev/null || echo nodejs
@@ -25,15 +30,35 @@ as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
 }
 
+# Has the packages that are being installed start nothing: nginx and Caddy both want port 80.
+forbid_services() {
+    [ -e "$POLICY" ] && return 0
+    printf '#!/bin/sh\nexit 101\n' | as_root tee "$POLICY" >/dev/null && as_root chmod 755 "$POLICY"
+    trap 'as_root rm -f "$POLICY"' EXIT
+    trap 'exit 1' INT TERM
+}
+
+# Nor at the next boot.
+disable_services() {
+    [ -d /run/systemd/system ] || return 0
+    for service in redis-server nginx haproxy caddy; do
+        case " $1" in
+            *" $service"*) as_root systemctl disable --quiet "$service" || true ;;
+        esac
+    done
+}
+
 install_packages() {
     packages=$(missing "$@" | tr '\n' ' ')
     [ -n "$packages" ] || return 0
     command -v apt-get >/dev/null || { echo "Not installed, no apt-get: $packages"; return 0; }
     echo "Installing $packages"
+    forbid_services
     as_root apt-get update -qq
     # shellcheck disable=SC2086  # a list of names
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $packages \
         >/dev/null || echo "Could not install $packages; tests that need them are skipped."
+    disable_services "$packages"
 }
 
 install_clients() {
