@@ -115,7 +115,8 @@ GROUPS = (
             Example(
                 "game",
                 "Game",
-                "Everybody's cursor on one field, and a dot to catch. The server remembers nothing.",
+                "Everybody's cursor on one field, and a dot to catch. The server remembers "
+                "nothing.",
             ),
             Example(
                 "chat-room",

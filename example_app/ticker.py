@@ -12,7 +12,7 @@ from math import sin
 from pathlib import Path
 from random import Random
 from threading import Lock, Thread
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from flask import Blueprint, current_app
 
@@ -180,7 +180,9 @@ def price(symbol: str, trade: int) -> float:
     chance = Random(symbol)
     usual = chance.uniform(10, 400)
     waves = [sin(trade / length + chance.uniform(0, 6)) for length in (3, 11, 37, 131)]
-    swing = sum(wave * weight for wave, weight in zip(waves, (0.003, 0.008, 0.02, 0.05), strict=True))
+    swing = sum(
+        wave * weight for wave, weight in zip(waves, (0.003, 0.008, 0.02, 0.05), strict=True)
+    )
     noise = Random(f"{symbol}{trade}").gauss(0, 0.002)
     return round(usual * (1 + swing + noise), 2)
 
@@ -192,7 +194,7 @@ def begin_to_feed() -> None:
 
 @ticker.record
 def add_feeder(setup: BlueprintSetupState) -> None:
-    setup.app.extensions["ticker"] = Feeder(setup.app)
+    setup.app.extensions["ticker"] = Feeder(cast("Flask", setup.app))
 
 
 def for_page() -> dict[str, Any]:

@@ -43,30 +43,37 @@ function draw(symbol) {
   row.querySelector("polyline").setAttribute("points", points.join(" "));
 }
 
-/** Read, and rest now and then, while what comes has to wait. */
+/** Read in rounds: for a while, then not at all, and then until nothing is stale any more. */
 async function readSlowly() {
-  const reader = (slow = newReader());
-  const { signal } = reader.controller;
+  const reader = (slow = { controller: new AbortController(), published: 0, received: 0 });
   try {
-    show("slow-state", "connecting");
-    const response = await fetch("/ticker/heavy", { signal });
-    if (!response.ok) throw new Error(await response.text());
-    show("slow-state", "reading");
-    for await (const { data } of readEvents(response.body)) {
-      take(reader, JSON.parse(data));
-      if (reader.isDue) await rest(reader);
-    }
-    throw new Error("The stream broke off.");
+    while (reader === slow) await readOneRound(reader);
   } catch (error) {
-    if (signal.aborted) return;
+    if (reader !== slow) return;
     $("problem").textContent = error.message;
     $("slow").click();
   }
 }
 
-function newReader() {
-  const controller = new AbortController(), since = performance.now();
-  return { controller, since, expected: trades(), seen: new Map(), published: 0, received: 0 };
+/** Each round has a connection of its own: one that was quick is given more and more room. */
+async function readOneRound(reader) {
+  begin(reader, "connecting");
+  const response = await fetch("/ticker/heavy", { signal: reader.controller.signal });
+  if (!response.ok) throw new Error(await response.text());
+  begin(reader, "reading");
+  for await (const { data } of readEvents(response.body)) {
+    take(reader, JSON.parse(data));
+    if (!reader.hasRested && performance.now() > reader.since + READING) await rest(reader);
+    if (reader.isOver) return;
+  }
+  throw new Error("The stream broke off.");
+}
+
+function begin(reader, state) {
+  const since = performance.now();
+  Object.assign(reader, { since, seen: new Map(), expected: trades(), before: null });
+  reader.hasRested = reader.isOver = false;
+  if (reader === slow) show("slow-state", state);
 }
 
 /** Count what came, and what was published: the trades of a symbol are numbered without a gap. */
@@ -80,7 +87,7 @@ function take(reader, { symbol, trade, price }) {
 
 async function rest(reader) {
   const { published, received } = reader;
-  reader.isDue = false;
+  reader.hasRested = true;
   show("slow-state", "not reading");
   await new Promise((resolve) => setTimeout(resolve, REST));
   reader.before = { published, received };
@@ -101,8 +108,7 @@ function look() {
   for (const name of ["published", "received"]) $(name).textContent = slow[name];
   $("replaced").textContent = slow.published - slow.received;
   $("stale").textContent = stale;
-  if (!stale && slow.before) report(slow);
-  slow.isDue = !stale && performance.now() > slow.since + READING;
+  if (!stale && slow.before && !slow.isOver) report(slow);
   slow.expected = trades();
 }
 
@@ -110,9 +116,12 @@ function report(reader) {
   const seconds = ((performance.now() - reader.since) / 1000).toFixed(1);
   const published = reader.published - reader.before.published;
   const received = reader.received - reader.before.received;
-  $("report").textContent = `Of ${published} events since it stopped to read, ${received} came and
-    ${published - received} were replaced. ${seconds} s after its rest no price was stale.`;
-  reader.before = null;
+  $("report").textContent = [
+    `Of ${published} events since it stopped to read, ${received} came`,
+    `and ${published - received} were replaced by newer ones.`,
+    `${seconds} s after its rest no price was stale.`,
+  ].join(" ");
+  reader.isOver = true;
 }
 
 function trades() {
