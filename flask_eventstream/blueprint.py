@@ -57,6 +57,8 @@ class EventStream(Rights):
         id: str | int | None = None,
         retry: int | None = None,
         channel: str | Iterable[str] = DEFAULT_CHANNEL,
+        *,
+        key: str | None = None,
     ) -> str:
         """Send an event to the subscribers of one channel or of several, and return at once.
 
@@ -68,14 +70,17 @@ class EventStream(Rights):
         :param id: an id of your own instead of the broker's.
         :param retry: the reconnection time in **milliseconds**.
         :param channel: a name or several; a subscriber of two of them gets the event once.
+        :param key: what the event is the newest value of. It takes the place of the one before with
+            that key in the same channel: who has not got that yet gets only this one.
         :returns: the event's id.
-        :raises InvalidFieldError: if a field or a channel's name is not valid.
+        :raises InvalidFieldError: if a field or a channel's name is not valid, or there is both an
+            ``id`` and a key.
         :raises TooLargeError: if the event is larger than ``EVENTSTREAM_MAX_EVENT_BYTES``.
         :raises BrokerUnavailableError: if the broker is Redis and does not answer, or refuses.
         :raises NotRegisteredError: if the app has no event stream.
         """
         names = channel if isinstance(channel, str) else channel_names(channel)
-        event_id = current_state().broker.publish(_sendable(data), type, id, retry, names)
+        event_id = current_state().broker.publish(_sendable(data), type, id, retry, names, key=key)
         _tell_of(names, [event_id])
         return event_id
 

@@ -17,10 +17,10 @@ from .members import patience
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .broker import Subscription
     from .members import Stay
     from .places import Place
     from .shutdown import Shutdown
+    from .subscription import Subscription
 
 
 _PROBE_SECONDS = 1.0

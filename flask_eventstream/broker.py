@@ -1,13 +1,11 @@
-"""Who gets which event: the contract of every broker and of what a subscriber holds."""
+"""Who gets which event: the contract of every broker."""
 
 from __future__ import annotations
 
 import re
-import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from . import concurrency
 from .errors import InvalidFieldError
 from .event import MAX_EVENT_BYTES, ServerSentEvent
 
@@ -15,15 +13,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from .channels import ChannelSet
+    from .subscription import Subscription
 
-    Encoded = tuple[str | None, bytes]
-    """An event's own id, and its wire, which lacks the broker's if it has none of its own."""
+    Encoded = tuple[str | None, str | None, bytes]
+    """An event's own id, its key, and its wire, which lacks an id if it has none of its own."""
 
 DEFAULT_CHANNEL = "sse"
 """The channel of those who name none (Flask-SSE's default, so that its users feel at home)."""
 
-MAX_CHANNEL_LENGTH = 255
-"""The longest name of a channel, in characters."""
+MAX_NAME_LENGTH = 255
+"""The longest name of a channel, or of anything else that others choose, in characters."""
 
 _LONGEST_REQUESTED = 256
 _UNFIT_FOR_A_NAME = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -62,6 +61,8 @@ class Broker(ABC):
         id: str | int | None = None,
         retry: int | None = None,
         channel: str | Iterable[str] = DEFAULT_CHANNEL,
+        *,
+        key: str | None = None,
     ) -> str:
         """Send an event to the subscribers of one channel or of several.
 
@@ -72,12 +73,16 @@ class Broker(ABC):
             of its channels. By default the broker gives each event one.
         :param retry: the reconnection time in **milliseconds**.
         :param channel: a name or several; a subscriber of two of them gets the event once.
+        :param key: what the event is the newest value of, such as the name of a share; 1 to 255
+            characters. It takes the place of the event before it with that key in the same
+            channel: who has not got that one yet, for he is slow or away, gets only this one.
         :returns: the event's id.
-        :raises InvalidFieldError: if a field or a channel's name is not valid.
+        :raises InvalidFieldError: if a field or a channel's name is not valid, or there is both an
+            ``id`` and a key: as a cursor, an id must not be replaced.
         :raises TooLargeError: if the event is larger than ``max_event_bytes``.
         :raises BrokerClosedError: after :meth:`close`.
         """
-        event = self._encode(data, type, id, retry)
+        event = self._encode(data, type, id, retry, key)
         return self._append(channel_names(channel), *event)
 
     def publish_many(
@@ -94,7 +99,9 @@ class Broker(ABC):
         names = channel_names(channel)
         return self._append_many(names, [self._encode(event) for event in events])
 
-    def _encode(self, data: Any, type: Any = None, id: Any = None, retry: Any = None) -> Encoded:
+    def _encode(
+        self, data: Any, type: Any = None, id: Any = None, retry: Any = None, key: Any = None
+    ) -> Encoded:
         if not isinstance(data, ServerSentEvent):
             data = ServerSentEvent(data, type, id, retry)
         elif not (type is id is retry is None):
@@ -102,19 +109,22 @@ class Broker(ABC):
         if data.id == "":
             hint = "is empty and would make clients forget their cursor; leave it out"
             raise InvalidFieldError("id", "", hint)
-        return data.id, data.encode(self.max_event_bytes)
+        if key is not None:
+            _check_key(key, data.id)
+        return data.id, key, data.encode(self.max_event_bytes)
 
     def _append_many(self, names: Sequence[str], events: Sequence[Encoded]) -> list[str]:
         """Number some encoded events, as :meth:`_append` does for each."""
         return [self._append(names, *event) for event in events]
 
     @abstractmethod
-    def _append(self, names: Sequence[str], id: str | None, wire: bytes) -> str:
+    def _append(self, names: Sequence[str], id: str | None, key: str | None, wire: bytes) -> str:
         """Number an encoded event, keep it, wake who waits for it, and return its id.
 
         :param names: the channels, checked.
         :param id: the publisher's own id, which is on the wire already; ``None`` if the broker's
             own has to be put there.
+        :param key: what it is the newest value of, if anything.
         :param wire: the event.
         """
 
@@ -186,108 +196,6 @@ class Broker(ABC):
         """End every subscription and accept nothing more."""
 
 
-class Subscription:
-    """What one subscriber still has to get.
-
-    It holds a position in the broker's sequence and no events: what is pending is read from the
-    history that all subscribers share, so a slow one costs no memory of its own.
-
-    :param channel_set: the channels.
-    :param position: the place in the broker's sequence from which on events are taken.
-    :param start: what the client has to get first, as bytes: what it missed, or a ``reset`` and
-        what history still has. The events that :meth:`take` returns come after it.
-    :param resumed: whether it continues right after the cursor it was opened with. If not, the
-        client's picture has to be drawn anew: on a first connect, or after a ``reset``.
-    """
-
-    __slots__ = (
-        "_is_closed",
-        "_is_hurried",
-        "_ready",
-        "channel_set",
-        "position",
-        "resumed",
-        "start",
-    )
-
-    def __init__(self, channel_set: ChannelSet, position: int, start: bytes, resumed: bool) -> None:
-        self.channel_set = channel_set
-        self.position = position
-        self.start = start
-        self.resumed = resumed
-        self._is_closed = self._is_hurried = False
-        # Only who waits needs one; it is larger than all the rest.
-        self._ready: concurrency.Event | None = None
-
-    @property
-    def channels(self) -> tuple[str, ...]:
-        """The names of the channels."""
-        return self.channel_set.names
-
-    @property
-    def cursor(self) -> str:
-        """The cursor of what was taken so far, :attr:`start` included."""
-        return self.channel_set.owner.mint(self.position)
-
-    def take(self, timeout: float) -> bytes | None:
-        """Wait for events and return all that are pending, joined.
-
-        One thread or greenlet at a time may call it.
-
-        :param timeout: how long to wait for the first one, in seconds; 0 does not wait.
-        :returns: whole events as bytes; ``b""`` if there was none in time; ``None`` once the
-            subscription has ended: it was closed or disconnected, the broker was closed, or it fell
-            behind what the broker keeps.
-        """
-        deadline = time.monotonic() + timeout
-        if self._ready is None:
-            self._ready = concurrency.new_event()
-        self.channel_set.owner.settle()
-        waiting = self.channel_set.waiting
-        waiting.add(self._ready)
-        try:
-            return self._take(self._ready, deadline)
-        finally:
-            waiting.discard(self._ready)
-
-    def _take(self, ready: concurrency.Event, deadline: float) -> bytes | None:
-        while True:
-            ready.clear()
-            found = None if self._is_closed else self.channel_set.read(self.position)
-            if found is None:
-                return None
-            wire, self.position = found
-            if not wire and self.position == self.channel_set.end:
-                continue
-            remaining = deadline - time.monotonic()
-            if wire or remaining <= 0 or self._is_hurried:
-                return wire
-            self.channel_set.owner.wait(ready, remaining)
-
-    def hurry(self) -> None:
-        """Have :meth:`take` wait for nothing any more, also one that waits in another thread."""
-        self._is_hurried = True
-        if self._ready is not None:
-            self._ready.set()
-
-    def close(self) -> None:
-        """End the subscription. It may be called from anywhere and more than once.
-
-        A ``take`` that waits in another thread returns at once.
-        """
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self.channel_set.leave()
-        if self._ready is not None:
-            self._ready.set()
-
-    def __del__(self) -> None:
-        # A response that is dropped before any server iterates or closes it (an after_request
-        # function raised) must not stay subscribed for ever.
-        self.close()
-
-
 def channel_names(channel: str | Iterable[str]) -> tuple[str, ...]:
     """Return the names of one channel or of several, each once, in order.
 
@@ -302,7 +210,7 @@ def channel_names(channel: str | Iterable[str]) -> tuple[str, ...]:
     if not names:
         raise InvalidFieldError("channel", names, "names no channel; give at least one")
     for name in names:
-        _check_channel_name(name)
+        check_name("channel", name)
     return names
 
 
@@ -318,11 +226,25 @@ def encode_reset(requested: str, earliest: str | None, position: str) -> bytes:
     return ServerSentEvent(evidence, "reset", position).encode()
 
 
-def _check_channel_name(name: str) -> None:
+def check_name(field: str, name: object) -> None:
+    """Check a name that others choose.
+
+    :param field: whose name it is, for the error.
+    :param name: the name.
+    :raises InvalidFieldError: if it is not a ``str`` of 1 to 255 characters without control
+        characters.
+    """
     if not isinstance(name, str):
-        raise InvalidFieldError("channel", name, "is not a str")
-    if not 0 < len(name) <= MAX_CHANNEL_LENGTH:
-        hint = f"has {len(name):,} characters; use 1 to {MAX_CHANNEL_LENGTH}"
-        raise InvalidFieldError("channel", name, hint)
+        raise InvalidFieldError(field, name, "is not a str")
+    if not 0 < len(name) <= MAX_NAME_LENGTH:
+        hint = f"has {len(name):,} characters; use 1 to {MAX_NAME_LENGTH}"
+        raise InvalidFieldError(field, name, hint)
     if not name.isprintable() and _UNFIT_FOR_A_NAME.search(name):
-        raise InvalidFieldError("channel", name, "has a control character or a surrogate")
+        raise InvalidFieldError(field, name, "has a control character or a surrogate")
+
+
+def _check_key(key: object, id: str | None) -> None:
+    check_name("key", key)
+    if id is not None:
+        hint = f"goes with an id of the broker's own, and there is id={id!r}; leave one of them out"
+        raise InvalidFieldError("key", key, hint)

@@ -13,7 +13,7 @@ seconds, so that one who stands still costs no more than that.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from itertools import takewhile
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,13 +32,15 @@ class Entry(NamedTuple):
     """One published event.
 
     ``seq`` is its place in the broker's sequence, ``time`` the broker's clock in seconds, ``id``
-    the publisher's own id, if any, and ``wire`` the whole event as bytes.
+    the publisher's own id, if any, ``wire`` the whole event as bytes, and ``key`` what it is the
+    newest value of, if anything.
     """
 
     seq: int
     time: float
     id: str | None
     wire: bytes
+    key: str | None = None
 
 
 class History:
@@ -58,6 +60,7 @@ class History:
         "_bytes",
         "_entries",
         "_first",
+        "_keys",
         "_max_bytes",
         "_seconds",
         "_size",
@@ -87,6 +90,8 @@ class History:
         # some at a time.
         self._entries: list[Entry] = []
         self._first = 0
+        # Of each key, the number of the only entry that it has.
+        self._keys: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._entries) - self._first
@@ -97,10 +102,21 @@ class History:
         :param entry: the event; its ``seq`` is higher than that of every other.
         :param keep_tail: whether somebody is connected who may still have to get older events.
         """
+        if entry.key is not None:
+            self._replace(entry.key, entry.seq)
         self._entries.append(entry)
         self.newest = entry.seq
         self._bytes += len(entry.wire) + _ENTRY_OVERHEAD
         self.trim(entry.time, keep_tail)
+
+    def _replace(self, key: str, seq: int) -> None:
+        # Taken out and not skipped by its readers, so that values which nobody wants any more do
+        # not push out others.
+        before = self._keys.get(key)
+        self._keys[key] = seq
+        if before is not None:
+            index = bisect_left(self._entries, before, self._first, key=_seq_of)
+            self._bytes -= len(self._entries.pop(index).wire) + _ENTRY_OVERHEAD
 
     def trim(self, now: float, keep_tail: bool) -> None:
         """Drop what nobody can ask for any more at the time ``now`` (seconds)."""
@@ -112,6 +128,8 @@ class History:
             self._first += 1
             self._bytes -= len(entry.wire) + _ENTRY_OVERHEAD
             self.dropped = entry.seq
+            if entry.key is not None:
+                del self._keys[entry.key]
         if self._first > _DROPPED_AT_ONCE + len(entries) // 64 or self._first == len(entries):
             del entries[: self._first]
             self._first = 0

@@ -14,11 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import concurrency
-from .broker import DEFAULT_CHANNEL, Broker, Subscription, channel_names, encode_reset
+from .broker import DEFAULT_CHANNEL, Broker, channel_names, encode_reset
 from .channels import Channels, ChannelSet, read
 from .errors import BrokerClosedError
 from .event import MAX_EVENT_BYTES
 from .history import Entry, History, in_order, joined
+from .subscription import Subscription
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -45,7 +45,7 @@ class MemoryBroker(LocalBroker):
         self._epoch = secrets.token_hex(4)
         self._logged = 0
 
-    def _append(self, names: Sequence[str], id: str | None, wire: bytes) -> str:
+    def _append(self, names: Sequence[str], id: str | None, key: str | None, wire: bytes) -> str:
         with self._mutex:
             self._check_open()
             if id is not None and self._seq_of_minted(id) is not None:
@@ -56,7 +56,7 @@ class MemoryBroker(LocalBroker):
             if event_id is None:
                 event_id = self.mint(seq)
                 wire = with_id(wire, event_id.encode())
-            is_read = self._channels.append(names, Entry(seq, now, id, wire))
+            is_read = self._channels.append(names, Entry(seq, now, id, wire, key))
             self._channels.sweep(now)
         if is_read:
             self._channels.ring()

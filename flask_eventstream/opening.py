@@ -22,11 +22,11 @@ from .state import connection_id
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .broker import Subscription
     from .config import Config
     from .members import Stay
     from .places import Place
     from .state import State
+    from .subscription import Subscription
     from .tokens import Token
 
 SERVER_STOPS = "The server stops."

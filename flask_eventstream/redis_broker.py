@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from . import concurrency
-from .broker import DEFAULT_CHANNEL, Subscription, channel_names
+from .broker import DEFAULT_CHANNEL, channel_names
 from .errors import BrokerUnavailableError, InvalidFieldError
 from .event import MAX_EVENT_BYTES
 from .local_broker import LOG_PREFIX, MAX_RUN_BYTES, MINTED_HINT, LocalBroker
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from .broker import Encoded
     from .channels import ChannelSet
+    from .subscription import Subscription
 
 _EVENTS_AT_ONCE = 100
 _SETTLE_SECONDS = 1.0
@@ -115,8 +116,8 @@ class RedisBroker(LocalBroker):
             self._on_change,
         )
 
-    def _append(self, names: Sequence[str], id: str | None, wire: bytes) -> str:
-        [event_id] = self._send(names, [(id or "", wire)])
+    def _append(self, names: Sequence[str], id: str | None, key: str | None, wire: bytes) -> str:
+        [event_id] = self._send(names, [(id, key, wire)])
         return event_id
 
     def _append_many(self, names: Sequence[str], events: Sequence[Encoded]) -> list[str]:
@@ -124,17 +125,17 @@ class RedisBroker(LocalBroker):
         for start in range(0, len(events), _EVENTS_AT_ONCE):
             some = events[start : start + _EVENTS_AT_ONCE]
             try:
-                ids += self._send(names, [(id or "", wire) for id, wire in some])
+                ids += self._send(names, some)
             except BrokerUnavailableError as error:
                 error.published = ids
                 raise
         return ids
 
-    def _send(self, names: Sequence[str], events: list[tuple[str, bytes]]) -> list[str]:
+    def _send(self, names: Sequence[str], events: Sequence[Encoded]) -> list[str]:
         self._check_open()
         nonce, is_doubtful = self._repeats.begin((names, events))
         head = [self._keep, self._seconds, nonce]
-        tail = [each for event in events for each in event]
+        tail = [each or "" for event in events for each in event]
 
         def arguments(is_repeated: bool) -> list[Any]:
             return [*head, self._latest_time(), int(is_doubtful or is_repeated), *tail]
@@ -145,9 +146,9 @@ class RedisBroker(LocalBroker):
             raise InvalidFieldError("id", error.id, MINTED_HINT) from error
         self._repeats.end()
         # The one without a wire ends subscriptions.
-        self._note(names, f"{epoch}-{last}", sum(bool(wire) for _, wire in events))
+        self._note(names, f"{epoch}-{last}", sum(bool(wire) for _, _, wire in events))
         first = last - len(events) + 1
-        return [id or f"{epoch}-{first + n}" for n, (id, _) in enumerate(events)]
+        return [id or f"{epoch}-{first + n}" for n, (id, _, _) in enumerate(events)]
 
     def _latest_time(self) -> str:
         # A command that waited in a server that stood still must not be done once we have given it
@@ -314,7 +315,7 @@ class RedisBroker(LocalBroker):
         """
         names = channel_names(channel)
         count = self.subscriber_count(channel)
-        self._send(names, [("", b"")])
+        self._send(names, [(None, None, b"")])
         return count
 
     def _leave(self) -> None:

@@ -216,7 +216,7 @@ class Feeds:
         wire = event.wire
         if event.id is None:
             wire = with_id(wire, f"{self.epoch}-{event.seq}".encode())
-        self._books.append(names, Entry(position, time, own_id, wire))
+        self._books.append(names, Entry(position, time, own_id, wire, event.key))
 
     def take_changed(self) -> dict[str, int]:
         """Return how many subscribers the channels have whose number may have changed.

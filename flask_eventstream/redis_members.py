@@ -60,7 +60,7 @@ local prefix, token, leases, leaving = ARGV[3], ARGV[4], KEYS[3], KEYS[4]
 
 local function append(channel, wire)
   local KEYS, last_key = {KEYS[1], KEYS[2], prefix .. 'channel:' .. channel}, 3
-  local events, first = {'', wire}, 1
+  local events, first = {'', '', wire}, 1
 """
     + APPEND
     + r"""

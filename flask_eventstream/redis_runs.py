@@ -104,9 +104,9 @@ elseif last - tonumber(ARGV[10]) > tonumber(found[3]) then
   return {'torn', 0}
 end
 
-local last_key, first, events = 3, 1, {string.format('%s.%.0f', ARGV[4], last), wire}
+local last_key, first, events = 3, 1, {string.format('%s.%.0f', ARGV[4], last), '', wire}
 if ARGV[7] ~= 'active' then
-  events[3], events[4] = '', ''
+  events[4], events[5], events[6] = '', '', ''
 end
 """
     + APPEND

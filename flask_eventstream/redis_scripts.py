@@ -24,7 +24,8 @@ With the prefix ``eventstream:`` and the database 0, the keys are:
 
 Each event is also published as a message, under the name of its channel's key. Messages know no
 databases, so the name has the number in it. A message is a line ``<epoch> <seq> <milliseconds>
-<own id>``, a line ``<prev> <key>`` for each of the event's channels, an empty line, and the wire.
+<own id>``, a line ``key <key>`` if it has one, a line ``<prev> <name>`` for each of the event's
+channels, with the name of the channel's key in Redis, an empty line, and the wire.
 
 *prev* is the number of the event before in the same channel, so that a hole can be seen. If Redis
 has forgotten that one, it is a negative number: no event after it can have been there.
@@ -76,7 +77,7 @@ end
 APPEND = """
 -- Appends events to channels, all or none. It needs: last_key, the number of the last of the keys
 -- that are channels, of which the first is the third; keep, seconds and nonce; events, a list that
--- from first on has an own id or '' and a wire for each.
+-- from first on has an own id or '', a key or '' and a wire for each.
 local prev = {}
 for k = 3, last_key do
   local entry = newest(KEYS[k], '+')
@@ -94,23 +95,27 @@ if is_due then
   marked = now
 end
 -- The first command that needs memory. If it is refused, nothing has happened.
-redis.call('HSET', KEYS[1], 'seq', string.format('%.0f', seq + (#events - first + 1) / 2),
+redis.call('HSET', KEYS[1], 'seq', string.format('%.0f', seq + (#events - first + 1) / 3),
   'marked', string.format('%.0f', marked))
 if is_due then
   redis.call('XADD', KEYS[2], 'MAXLEN', 64, string.format('%.0f-%.0f', seq + 1, now), 'mark', '')
   redis.call('EXPIRE', KEYS[2], seconds * 4)
 end
 
-for e = first, #events, 2 do
+for e = first, #events, 3 do
   seq = seq + 1
   local id, message = string.format('%.0f-%.0f', seq, now), head(events[e])
+  if events[e + 1] ~= '' then
+    message = message .. 'key ' .. events[e + 1] .. '\\n'
+  end
   for k = 3, last_key do
     message = message .. string.format('%.0f %s\\n', prev[k], KEYS[k])
   end
-  message = message .. '\\n' .. events[e + 1]
+  message = message .. '\\n' .. events[e + 2]
   for k = 3, last_key do
     redis.call('XADD', KEYS[k], 'MAXLEN', keep, id, 'nonce', nonce,
-      'prev', string.format('%.0f', prev[k]), 'id', events[e], 'wire', events[e + 1])
+      'prev', string.format('%.0f', prev[k]), 'id', events[e], 'wire', events[e + 2],
+      'key', events[e + 1])
     redis.call('PUBLISH', KEYS[k], message)
     prev[k] = seq
   end
@@ -127,7 +132,7 @@ PUBLISH = (
 -- Publishes events, all or none.
 -- KEYS[3] and so on: the channels. ARGV: 1 how many events a channel keeps, 2 for how many seconds,
 -- 3 a nonce or '', 4 a time in milliseconds after which it is too late or '', 5 '1' if it may have
--- been done already; then an own id or '' and a wire for each event.
+-- been done already; then an own id or '', a key or '' and a wire for each event.
 -- Returns the epoch, the number of the last event, and the time in milliseconds. The epoch is '' if
 -- it was too late.
 local keep, seconds, nonce = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
@@ -148,7 +153,7 @@ if ARGV[4] ~= '' and now > tonumber(ARGV[4]) then
   return {'', 0, now}
 end
 
-for e = 6, #ARGV, 2 do
+for e = 6, #ARGV, 3 do
   if string.match(ARGV[e], '^(%x+)%-%d+$') == epoch then
     return redis.error_reply('MINTED ' .. ARGV[e])
   end
@@ -257,7 +262,8 @@ class Record(NamedTuple):
 
     ``seq`` is its number, ``time`` the server's in milliseconds, ``prev`` the number of the one
     before in that channel, or minus one after which there was none; ``id`` the publisher's own, if
-    any, and ``wire`` the event without the id that its number gives it; empty to end all who read.
+    any, ``wire`` the event without the id that its number gives it, empty to end all who read, and
+    ``key`` what it is the newest value of, if anything.
     """
 
     seq: int
@@ -265,14 +271,15 @@ class Record(NamedTuple):
     prev: int
     id: str | None
     wire: bytes
+    key: str | None = None
 
     @classmethod
     def of(cls, entry: tuple[bytes, dict[bytes, bytes]]) -> Record:
         """Return what an entry of a stream says."""
         id, fields = entry
         seq, _, time = id.partition(b"-")
-        own_id = fields[b"id"].decode() or None
-        return cls(int(seq), int(time), int(fields[b"prev"]), own_id, fields[b"wire"])
+        own_id, key = (fields.get(name, b"").decode() or None for name in (b"id", b"key"))
+        return cls(int(seq), int(time), int(fields[b"prev"]), own_id, fields[b"wire"], key)
 
 
 class Message(NamedTuple):
@@ -283,6 +290,7 @@ class Message(NamedTuple):
     id: str | None
     prevs: list[tuple[str, int]]
     wire: bytes
+    key: str | None = None
 
     @classmethod
     def of(cls, message: bytes, keys: Keys) -> Message:
@@ -290,8 +298,9 @@ class Message(NamedTuple):
         head, _, wire = message.partition(b"\n\n")
         line, *lines = head.split(b"\n")
         epoch, seq, _, id = line.split(b" ", 3)
+        key = lines.pop(0)[4:].decode() if lines and lines[0].startswith(b"key ") else None
         prevs = []
         for each in lines:
-            prev, _, key = each.partition(b" ")
-            prevs.append((keys.name_of(key), int(prev)))
-        return cls(epoch.decode(), int(seq), id.decode() or None, prevs, wire)
+            prev, _, name = each.partition(b" ")
+            prevs.append((keys.name_of(name), int(prev)))
+        return cls(epoch.decode(), int(seq), id.decode() or None, prevs, wire, key)

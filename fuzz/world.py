@@ -20,7 +20,7 @@ from flask_eventstream.run_log import rest_of
 from flask_eventstream.run_registry import ACTIVE, Standing
 
 if TYPE_CHECKING:
-    from flask_eventstream.broker import Subscription
+    from flask_eventstream.subscription import Subscription
 
 CHANNELS = ("a", "b", "c", "ab", "abc", "ca")
 ROADS = ("header", "query", "no request")

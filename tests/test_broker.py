@@ -490,3 +490,67 @@ def test_publishers_on_many_threads_make_one_sequence(broker: Broker) -> None:
     received = [json.loads(data) for data in read(subscription)]
     for sender in range(4):
         assert [n for one, n in received if one == sender] == list(range(200))
+
+
+def test_who_has_not_got_a_value_of_a_key_yet_gets_only_the_newest(broker: Broker) -> None:
+    slow = broker.subscribe("prices")
+    broker.publish("A 1", channel="prices", key="A")
+    assert read(slow) == ["A 1"]
+    for price in range(2, 300):
+        broker.publish(f"A {price}", channel="prices", key="A")
+        broker.publish(f"B {price}", channel="prices", key="B")
+    broker.publish("note", channel="prices")
+    assert read(slow) == ["A 299", "B 299", "note"]
+
+
+def test_a_client_that_returns_gets_only_the_newest_of_a_key_and_no_reset(
+    make: Callable[..., Broker],
+) -> None:
+    broker = make(history=4)
+    first = broker.subscribe("prices")
+    cursor = broker.publish("note", channel="prices")
+    for price in range(200):
+        broker.publish(str(price), channel="prices", key="A")
+    again = broker.subscribe("prices", last_event_id=cursor)
+    assert (read(again), again.resumed) == (["199"], True)
+    newcomer = broker.subscribe("prices", history=10)
+    assert read(newcomer) == ["note", "199"]
+    first.close()
+
+
+def test_a_key_belongs_to_its_channel(broker: Broker) -> None:
+    both = broker.subscribe("a", "b")
+    broker.publish("1", channel=["a", "b"], key="k")
+    broker.publish("2", channel="b", key="k")
+    assert read(both) == ["1", "2"]
+    broker.publish("3", channel=["a", "b"], key="k")
+    broker.publish("4", channel="a", key="k")
+    broker.publish("5", channel="b", key="k")
+    assert read(both) == ["4", "5"]
+
+
+def test_the_id_of_a_replaced_event_is_a_cursor_still(broker: Broker) -> None:
+    open_one = broker.subscribe("prices")
+    replaced = broker.publish("1", channel="prices", key="A")
+    broker.publish("2", channel="prices", key="B")
+    broker.publish("3", channel="prices", key="A")
+    again = broker.subscribe("prices", last_event_id=replaced)
+    assert (read(again), again.resumed) == (["2", "3"], True)
+    open_one.close()
+
+
+@pytest.mark.parametrize("key", ["", 1, "a\nb", "x" * 256])
+def test_a_key_is_a_name_as_that_of_a_channel(broker: Broker, key: Any) -> None:
+    with pytest.raises(InvalidFieldError) as caught:
+        broker.publish("x", key=key)
+    assert (caught.value.field, caught.value.value) == ("key", key)
+
+
+@pytest.mark.parametrize(
+    "event", [{"data": "x", "id": "own"}, {"data": ServerSentEvent("x", id=7)}]
+)
+def test_an_own_id_and_a_key_do_not_go_together(broker: Broker, event: dict[str, Any]) -> None:
+    subscription = broker.subscribe()
+    with pytest.raises(InvalidFieldError, match="leave one of them out") as caught:
+        broker.publish(**event, key="A")
+    assert (caught.value.field, read(subscription)) == ("key", [])

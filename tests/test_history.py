@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from flask_eventstream.history import Entry, History, in_order, joined
 
 
@@ -7,8 +10,10 @@ def history(size: int = 3, seconds: float = 10, tail_bytes: int = 0, dropped: in
     return History(size, seconds, tail_bytes, tail_seconds=5, dropped=dropped)
 
 
-def entry(seq: int, time: float = 0, id: str | None = None, size: int = 1) -> Entry:
-    return Entry(seq, time, id, b"x" * size)
+def entry(
+    seq: int, time: float = 0, id: str | None = None, size: int = 1, key: str | None = None
+) -> Entry:
+    return Entry(seq, time, id, b"x" * size, key)
 
 
 def filled(kept: History, count: int, keep_tail: bool = False, size: int = 1) -> History:
@@ -97,3 +102,57 @@ def test_all_is_bounded_in_bytes_but_for_the_newest() -> None:
     kept.append(entry(5, size=9000), keep_tail=False)
     assert seqs(kept.replayable(now=5)) == [5]
     assert kept.dropped == 4
+
+
+def keyed(kept: History, keys: str, size: int = 1) -> History:
+    """Fill with entries of these keys; a space is an entry without one."""
+    for seq, key in enumerate(keys, 1):
+        kept.append(entry(seq, size=size, key=key.strip() or None), keep_tail=True)
+    return kept
+
+
+def test_of_a_key_only_the_newest_is_kept_at_its_own_place() -> None:
+    kept = keyed(history(size=9), "ab cab")
+    assert seqs(kept.after(0)) == seqs(kept.replayable(now=6)) == [3, 4, 5, 6]
+    assert seqs(kept.after(4)) == [5, 6]
+
+
+def test_what_was_replaced_pushes_nothing_out_and_is_not_missing() -> None:
+    kept = keyed(history(size=3), " b" + "a" * 100)
+    assert seqs(kept.after(0)) == [1, 2, 102]
+    assert kept.dropped == kept.complete_since(now=1) == 0
+
+
+def test_what_was_replaced_takes_no_bytes() -> None:
+    kept = keyed(history(size=0, tail_bytes=3000), " " + "a" * 100, size=1000)
+    assert seqs(kept.after(0)) == [1, 101]
+
+
+def test_a_key_whose_entry_was_dropped_is_forgotten_with_it() -> None:
+    kept = history(size=40, seconds=5)
+    for seq in range(1, 1000):
+        kept.append(entry(seq, time=seq, key=str(seq % 7)), keep_tail=False)
+        assert seqs(kept.after(0)) == list(range(max(1, seq - 5), seq + 1))
+    kept.trim(9999, keep_tail=False)
+    assert (len(kept), kept.dropped) == (0, 999)
+    kept.append(entry(1000, time=9999, key="6"), keep_tail=False)
+    assert seqs(kept.after(0)) == [1000]
+
+
+@given(
+    st.lists(st.sampled_from([None, "a", "b", "c"]), max_size=80),
+    st.integers(0, 12),
+    st.booleans(),
+)
+def test_with_keys_it_is_the_history_without_what_was_replaced(
+    keys: list[str | None], size: int, keep_tail: bool
+) -> None:
+    kept = History(size, 1e9, tail_bytes=257 * 15, tail_seconds=1e9)
+    every: list[Entry] = []
+    for seq, key in enumerate(keys, 1):
+        one = entry(seq, key=key)
+        kept.append(one, keep_tail)
+        every = [other for other in every if key is None or other.key != key] + [one]
+        left = kept.after(kept.dropped)
+        assert left == [other for other in every if other.seq > kept.dropped]
+        assert len(left) == len(kept) >= min(size, len(every))

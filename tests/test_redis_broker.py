@@ -424,7 +424,7 @@ def test_any_program_can_publish_with_one_evalsha(make: Make, redis: RedisServer
     sha = redis.redis.script_load(PUBLISH)
     keys = [f"{prefix}state", f"{prefix}marks", f"{prefix}channel:sse"]
     wire = "event: greeting\ndata: Hello!\n\n"
-    epoch, seq, _ = redis.redis.evalsha(sha, 3, *keys, 256, 360, "", "", "", "", wire)
+    epoch, seq, _ = redis.redis.evalsha(sha, 3, *keys, 256, 360, *[""] * 5, wire)
     [event] = take(subscription, 1)
     assert (event.data, event.type, event.id) == ("Hello!", "greeting", f"{epoch.decode()}-{seq}")
 

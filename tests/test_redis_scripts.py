@@ -31,16 +31,22 @@ def test_a_message_is_read_whatever_its_event_has() -> None:
     wire = b"data: 1\n\ndata: 2\n\n"
     head = "abcd0123 7 1700000000000 own id: 房间\n-4 mine:3:channel:a b\n6 mine:3:channel:c\n\n"
     message = Message.of(head.encode() + wire, KEYS)
-    assert message == ("abcd0123", 7, "own id: 房间", [("a b", -4), ("c", 6)], wire)
+    assert message == ("abcd0123", 7, "own id: 房间", [("a b", -4), ("c", 6)], wire, None)
+
+
+def test_a_message_of_a_key_tells_it() -> None:
+    message = Message.of(b"abcd0123 7 17 \nkey A 4 \n6 mine:3:channel:c\n\ndata: x\n\n", KEYS)
+    assert (message.key, message.prevs, message.wire) == ("A 4 ", [("c", 6)], b"data: x\n\n")
 
 
 def test_a_message_without_an_event_tells_only_the_number() -> None:
-    assert Message.of(b"abcd0123 7 17 \n\n", KEYS) == ("abcd0123", 7, None, [], b"")
+    assert Message.of(b"abcd0123 7 17 \n\n", KEYS) == ("abcd0123", 7, None, [], b"", None)
 
 
 def test_an_entry_of_a_stream_is_read() -> None:
     fields = {b"nonce": b"n", b"prev": b"-3", b"id": b"", b"wire": b"data: x\n\n"}
-    assert Record.of((b"12-1700", fields)) == (12, 1700, -3, None, b"data: x\n\n")
+    assert Record.of((b"12-1700", fields)) == (12, 1700, -3, None, b"data: x\n\n", None)
+    assert Record.of((b"12-1700", {**fields, b"key": b"A"})).key == "A"
     assert Record.of((b"12-1700", {**fields, b"id": b"own"})).id == "own"
 
 
@@ -54,7 +60,7 @@ class Caller:
     def publish(self, *wires: bytes, names: str = "a", **options: object) -> list[Any]:
         given = {"keep": 10, "seconds": 60, "nonce": "", "latest": "", "repeated": "", **options}
         keys = [self.keys.state, self.keys.marks, *[self.keys.channel(name) for name in names]]
-        events = [each for wire in wires for each in (b"", wire)]
+        events = [each for wire in wires for each in (b"", b"", wire)]
         call = self.redis.register_script(PUBLISH)
         reply: list[Any] = call(keys, [*given.values(), *events])
         return reply
