@@ -69,5 +69,22 @@ install_clients() {
         || echo "Could not install the npm clients; tests that need them are skipped."
 }
 
+# Datastar is not on npm since its version 1. This package has it, all but unchanged.
+install_datastar() {
+    [ -z "${1:-}" ] || return 0
+    datastar=$(dirname "$0")/clients/datastar
+    [ -e "$datastar/datastar-core.js" ] && return 0
+    python=$(dirname "$0")/../.venv/bin/python
+    [ -x "$python" ] || python=python3
+    wheels=$(mktemp -d)
+    "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+        --python-version 3.12 --dest "$wheels" starhtml==0.7.0 \
+        && "$python" -m zipfile -e "$wheels"/starhtml-*.whl "$wheels" \
+        && mkdir -p "$datastar" && cp "$wheels/starhtml/static/js/datastar-core.js" "$datastar" \
+        || echo "Could not get Datastar; tests that need it are skipped."
+    rm -r "$wheels"
+}
+
 install_packages "$@"
 install_clients "$@"
+install_datastar "$@"
