@@ -90,7 +90,7 @@ def player(secret: str = "") -> dict[str, Any]:
 
 def number(name: str, most: float = 1e12) -> float:
     """Return a number that the page has sent."""
-    value = request.get_json()[name]
+    value = request.get_json().get(name)
     if not isinstance(value, (int, float)) or not 0 <= value <= most:
         abort(400, f"The {name} is no number from 0 to {most}.")
     return value

@@ -2,6 +2,11 @@ import { readEvents } from "./read-events.js";
 
 const $ = (id) => document.getElementById(id);
 const REST = $("demo").dataset.rest * 1000, READING = REST / 2, LOOK = 250; // milliseconds
+const CHANGE = new Intl.NumberFormat("en", {
+  style: "percent",
+  signDisplay: "exceptZero",
+  minimumFractionDigits: 1,
+});
 const quotes = new Map(); // What each row shows.
 const source = new EventSource("/ticker/prices");
 let count = 0;
@@ -34,10 +39,9 @@ function draw(symbol) {
   const { past, first } = quotes.get(symbol);
   const [before, now] = past.slice(-2);
   const row = $(symbol);
-  const percent = (now / first - 1) * 100;
   row.dataset.trend = now < before ? "down" : "up";
   fill(row, "price", `${now < before ? "▼" : "▲"} ${now.toFixed(2)}`);
-  fill(row, "change", `${percent < 0 ? "−" : "+"}${Math.abs(percent).toFixed(1)} %`);
+  fill(row, "change", CHANGE.format(now / first - 1));
   const low = Math.min(...past), height = Math.max(...past) - low || 1;
   const points = past.map((price, x) => `${x},${19 - (18 * (price - low)) / height}`);
   row.querySelector("polyline").setAttribute("points", points.join(" "));
