@@ -113,7 +113,7 @@ class Feeder:
 
     def _run(self) -> None:
         told: dict[str, int] = {}
-        with self._app.app_context(), turn_file().open("a") as turn:
+        with self._app.app_context(), open_turn() as turn:
             # A broker that is closed has no readers any more.
             with suppress(BrokerClosedError):
                 while self._is_wanted():
@@ -142,7 +142,7 @@ def feed(told: dict[str, int]) -> None:
         publish_trades(told)
 
 
-def has_turn(turn: IO[str]) -> bool:
+def has_turn(turn: IO[Any]) -> bool:
     """Take the turn if it is free; the system frees it when a process ends or dies.
 
     On several machines one process of each has it. They say the same then, see :func:`price`.
@@ -154,14 +154,15 @@ def has_turn(turn: IO[str]) -> bool:
     return True
 
 
-def turn_file() -> Path:
-    """Return the file that those processes lock whose readers are the same."""
+def open_turn() -> IO[Any]:
+    """Open the file that those processes lock whose readers are the same."""
     config = current_app.config
     url, prefix = config["EVENTSTREAM_BROKER_URL"], config.get("EVENTSTREAM_KEY_PREFIX")
-    # Without Redis each process has readers of its own.
-    readers = os.getpid() if url == "memory://" else (url, prefix)
-    name = sha256(repr((os.getuid(), readers)).encode()).hexdigest()
-    return Path(tempfile.gettempdir()) / f"ticker-{name}.lock"
+    if url == "memory://":
+        # Each process has readers of its own, and always its turn.
+        return tempfile.TemporaryFile()
+    name = sha256(repr((os.getuid(), url, prefix)).encode()).hexdigest()
+    return (Path(tempfile.gettempdir()) / f"ticker-{name}.lock").open("a")
 
 
 def latest_trade(symbol: str, now: float) -> int:
