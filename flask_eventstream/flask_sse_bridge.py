@@ -31,7 +31,7 @@ from .broker import channel_names
 from .errors import BrokerUnavailableError, EventStreamError, InvalidFieldError
 from .flask_sse_scripts import COPY, TAKE
 from .local_broker import MINTED_HINT
-from .redis_broker import LEAST_KEPT, MARGIN_SECONDS
+from .redis_feeds import LEAST_KEPT, MARGIN_SECONDS
 from .redis_link import LOST, MintedIdError, RedisLink
 from .redis_scripts import Keys, Script
 

@@ -24,6 +24,7 @@ from .subscription import Subscription
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from .members import Members
     from .revocations import RevocationLog
     from .run_registry import RunRegistry
 
@@ -117,6 +118,13 @@ class LocalBroker(Broker):
         :param max_ended: how many runs that have ended this process keeps at most.
         """
 
+    @abstractmethod
+    def members(self, seconds: float) -> Members:
+        """Return what knows who is present on this broker's channels.
+
+        :param seconds: for how long a member without connections is waited for, in seconds.
+        """
+
     def _open(
         self, names: tuple[str, ...], last_event_id: str | None, history: int
     ) -> Subscription:
@@ -182,8 +190,7 @@ class LocalBroker(Broker):
     def _own_count(self, channel: str | None) -> int:
         if channel is None:
             return self.subscriptions
-        [name] = channel_names(channel)
-        return self.local_count(name)
+        return self.local_count(*channel_names(channel))
 
     def local_count(self, channel: str) -> int:
         """Return how many subscriptions a channel has in this process."""
