@@ -507,7 +507,7 @@ class Share {
 
   #deliver(report) {
     const { event } = report;
-    if (event?.type === "reset") this.#cursor = "";
+    if (event?.type === "reset") this.#cursor = ""; // All may come again.
     // The cursor of a page may be ahead of what has come to the tab with the connection.
     if (!event || !isUpTo(event.lastEventId, this.#cursor)) this.#report(report);
   }
