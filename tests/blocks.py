@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from collections import defaultdict, deque
+from contextlib import contextmanager
+from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +17,6 @@ from .servers import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 DOCS = ROOT / "docs"
 _DIRECTIVE = re.compile(
@@ -88,6 +93,42 @@ def write_files(page: str, home: Path, *captions: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if caption.endswith(_APPENDED) else "w", encoding="utf-8") as file:
             file.write(versions[caption].popleft())
+
+
+def typed(page: str, part: str) -> str:
+    """Return the only command of a page with ``part`` in it."""
+    [command] = commands(page, part)
+    return command
+
+
+class Shell:
+    """Somebody who types what a page says, in the folder with its files."""
+
+    def __init__(self, home: Path, **environ: str) -> None:
+        self._home = home
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self._environ = {**os.environ, **environ, "PATH": path}
+
+    def type(self, command: str) -> str:
+        done = subprocess.run(
+            shlex.split(command),
+            cwd=self._home, env=self._environ, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    @contextmanager
+    def typing(self, command: str) -> Iterator[subprocess.Popen[str]]:
+        """Type it, and interrupt it at the end of the block."""
+        process = subprocess.Popen(
+            shlex.split(command), cwd=self._home, env=self._environ, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        with process:
+            try:
+                yield process
+            finally:
+                process.terminate()
 
 
 def _of_markdown(page: str, text: str) -> Iterator[Block]:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,12 +13,13 @@ from werkzeug.serving import make_server
 from flask_eventstream import EventStreamResponse
 from flask_eventstream.redis_broker import RedisBroker
 
-from .blocks import block, commands, write_files
+from .blocks import Shell, block, typed, write_files
 from .browser import chromium
 from .servers import DEADLINE, serving, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from playwright.sync_api import Browser, Page
 
@@ -189,41 +185,6 @@ def test_news_reach_everybody_and_messages_one(browser: Browser, tmp_path: Path)
         grace.wait_for_selector("text=Log in")
         ada.context.close()
         grace.context.close()
-
-
-class Shell:
-    """Somebody who types what a page says, in the folder with its files."""
-
-    def __init__(self, home: Path, **environ: str) -> None:
-        self._home = home
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self._environ = {**os.environ, **environ, "PATH": path}
-
-    def type(self, command: str) -> str:
-        done = subprocess.run(
-            shlex.split(command),
-            cwd=self._home, env=self._environ, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    @contextmanager
-    def typing(self, command: str) -> Iterator[subprocess.Popen[str]]:
-        """Type it, and interrupt it at the end of the block."""
-        process = subprocess.Popen(
-            shlex.split(command), cwd=self._home, env=self._environ, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        with process:
-            try:
-                yield process
-            finally:
-                process.terminate()
-
-
-def typed(page: str, part: str) -> str:
-    [command] = commands(page, part)
-    return command
 
 
 def test_a_script_a_command_and_a_task_publish_to_two_workers(
