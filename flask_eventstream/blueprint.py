@@ -105,6 +105,8 @@ class EventStream(Rights):
         *channels: str,
         history: int = 0,
         snapshot: Callable[[], Any] | None = None,
+        presence: bool = False,
+        member: str | None = None,
     ) -> EventStreamResponse:
         """Return a response that streams channels; to be returned by a view.
 
@@ -116,7 +118,13 @@ class EventStream(Rights):
         :param snapshot: called once the subscription is in force, on a first connect and after a
             ``reset``; what it returns is sent after history and before everything newer. It may
             return what a stream's view may yield, or ``None`` for nothing.
-        :raises InvalidFieldError: if a channel's name is not valid, or the snapshot cannot be sent.
+        :param presence: whether the client is present on the first one of the channels; see the
+            page about presence for what its subscribers get.
+        :param member: the name that others see of it then; by default the key of its user, else a
+            random one, which begins with ``anonymous-``, for this one connection.
+        :raises InvalidFieldError: if a channel's name is not valid, or the snapshot cannot be sent,
+            or a member's name is not as a channel's may be.
+        :raises TypeError: if there is a ``member`` without ``presence``.
         :raises TooLargeError: if there are more channels than ``EVENTSTREAM_MAX_CHANNELS``, or the
             snapshot is larger than ``EVENTSTREAM_MAX_EVENT_BYTES``.
         :raises ServiceUnavailable: 503, if the process has ``EVENTSTREAM_MAX_SUBSCRIBERS``.
@@ -126,10 +134,13 @@ class EventStream(Rights):
         A client that returns gets exactly what it missed, or a ``reset`` event and what history
         still has. While the broker cannot be reached, the stream ends at once and clients retry.
         """
+        if member is not None and not presence:
+            raise TypeError("subscribe() got a member, which needs presence=True")
         names = allowed_names(channels)
         if request.method == "HEAD":
             return EventStreamResponse(())
-        return subscribed(current_state(), self._user, names, history, snapshot)
+        state = current_state()
+        return subscribed(state, self._user, names, history, snapshot, presence, member)
 
     def stream(
         self,
@@ -221,6 +232,15 @@ class EventStream(Rights):
         :raises InvalidFieldError: if the channel's name is not valid.
         """
         return current_state().broker.subscriber_count(channel)
+
+    def present(self, channel: str = DEFAULT_CHANNEL) -> list[str]:
+        """Return the names of those who are present on a channel, sorted; of all processes.
+
+        :raises InvalidFieldError: if the channel's name is not valid.
+        :raises BrokerUnavailableError: if the broker is Redis and does not answer, or refuses.
+        """
+        channel_names(channel)
+        return current_state().members.present(channel)[1]
 
     def disconnect(self, channel: str) -> int:
         """End every stream that reads a channel, and return how many there were.

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from . import endings
 from .event import HEARTBEAT
+from .members import patience
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from .members import Stay
     from .places import Place
     from .shutdown import Shutdown
     from .subscription import Subscription
@@ -58,6 +60,7 @@ class SubscriptionBody:
     :ivar number: which one of the process it is.
     :ivar begun: when it was made, by :func:`time.monotonic`.
     :ivar reason: why it has ended, see :mod:`endings`.
+    :ivar stay: that its client is present; ``None`` if it only reads.
     """
 
     # Only one of the roads needs more than these, and there may be many thousands of it.
@@ -75,6 +78,7 @@ class SubscriptionBody:
         "deadline",
         "number",
         "reason",
+        "stay",
         "subscription",
     )
 
@@ -100,6 +104,7 @@ class SubscriptionBody:
         self._is_open = True
         self._finish: Callable[[], None] | None = None
         self._place = place
+        self.stay: Stay | None = None
         if place is not None:
             place.keep_for(self)
 
@@ -141,6 +146,11 @@ class SubscriptionBody:
         """End it for a reason; from any thread."""
         self.reason = reason
         self.close()
+
+    @property
+    def patience(self) -> float | None:
+        """How long its client's machine may be silent, in seconds; ``None`` if it only reads."""
+        return None if self.stay is None else patience(self._heartbeat)
 
     def take_start(self, size: int | None = None) -> bytes:
         """Take the first bytes, all that are left or as many as ``size``, and return them."""

@@ -59,9 +59,11 @@ class Waker:
     However often it rings meanwhile, the work is done once more: whoever rings only sets a flag.
 
     :param work: called after each ring; once it returns ``False``, the thread ends.
+    :ivar pause: after how many seconds without a ring it is called, too; never by default.
     """
 
     def __init__(self, work: Callable[[], bool]) -> None:
+        self.pause: float | None = None
         self._work = work
         self._mutex = new_mutex()
         self._bell: Event | None = None
@@ -90,7 +92,7 @@ class Waker:
 
     def _run(self, bell: Event) -> None:
         while True:
-            bell.wait()
+            bell.wait(self.pause)
             bell.clear()
             if not self._work() and self._is_over(bell):
                 return

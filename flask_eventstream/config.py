@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigurationError
+from .members import PRESENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -71,6 +72,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "run_lease": _lease,
     "max_subscribers_per_address": _whole(1),
     "max_subscribers_per_user": _whole(1),
+    "presence_seconds": _seconds,
 }
 
 
@@ -107,6 +109,7 @@ class Config:
     :param max_subscribers_per_address: how many subscribers of one IP address a process may have,
         where the /64 of an IPv6 address counts as one; any number by default.
     :param max_subscribers_per_user: and how many of one user; any number by default.
+    :param presence_seconds: for how long a member without connections stays present, in seconds.
     """
 
     broker_url: str = "memory://"
@@ -128,6 +131,7 @@ class Config:
     run_lease: float = 15
     max_subscribers_per_address: int | None = None
     max_subscribers_per_user: int | None = None
+    presence_seconds: float = PRESENCE_SECONDS
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Config:

@@ -37,6 +37,7 @@ _MAX_PART_BYTES = 64 * 1024
 # nobody reads. One that goes on sending must not keep the hub busy.
 _MAX_IGNORED_PARTS = 16
 _MOST_MILLISECONDS = 2**31 - 1
+_LONGEST_IDLE = 32_767
 _NOT_SENT_BYTES = struct.pack("i", 128 * 1024)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _ONE = struct.pack("i", 1)
@@ -82,18 +83,45 @@ def error_of(descriptor: int) -> int:
     return error.value
 
 
-def prepare(descriptor: int, timeout: float) -> None:
+def prepare(descriptor: int, timeout: float, patience: float | None = None) -> None:
     """Have small events leave at once, and bound what the kernel does for a client.
 
     :param descriptor: the socket.
     :param timeout: how long sent bytes may stay unacknowledged, in seconds.
+    :param patience: see :func:`probe`; by default a client to which nothing is sent may be silent.
     """
-    milliseconds = struct.pack("i", min(int(timeout * 1000), _MOST_MILLISECONDS))
     # They fail on Unix sockets, which need none of them.
     _libc.setsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_NODELAY, _ONE, 4)
-    _libc.setsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds, 4)
     # The kernel would take megabytes for a client that does not read.
     _libc.setsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOT_SENT_BYTES, 4)
+    _set_user_timeout(descriptor, timeout)
+    if patience is not None:
+        probe(descriptor, min(timeout, patience))
+
+
+def probe(descriptor: int, patience: float) -> None:
+    """Have the kernel ask a silent client's machine whether it is there, and give it up if not.
+
+    :param descriptor: the socket.
+    :param patience: how long it may be silent while nothing is sent, in seconds, 2 at least; and
+        how long sent bytes may stay unacknowledged. One may come on top of the other.
+    """
+    # Asked once; whether it has answered is looked at a while later.
+    seconds = max(2, min(int(patience), _LONGEST_IDLE))
+    look = max(1, seconds // 3)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, seconds - look),
+        (socket.TCP_KEEPINTVL, look),
+    ):
+        _libc.setsockopt(descriptor, socket.IPPROTO_TCP, option, struct.pack("i", value), 4)
+    _libc.setsockopt(descriptor, socket.SOL_SOCKET, socket.SO_KEEPALIVE, _ONE, 4)
+    # It goes before TCP_KEEPCNT, and must be over at that look.
+    _set_user_timeout(descriptor, min(patience, seconds - 0.5))
+
+
+def _set_user_timeout(descriptor: int, seconds: float) -> None:
+    milliseconds = struct.pack("i", min(int(seconds * 1000), _MOST_MILLISECONDS))
+    _libc.setsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds, 4)
 
 
 def shut_down(descriptor: int) -> None:

@@ -10,7 +10,8 @@ class EventStreamError(Exception):
 class InvalidFieldError(EventStreamError, ValueError):
     """A value that no event stream can carry, refused at the call that brought it.
 
-    :param field: what was wrong: ``"data"``, ``"type"``, ``"id"``, ``"retry"`` or ``"channel"``.
+    :param field: what was wrong: ``"data"``, ``"type"``, ``"id"``, ``"retry"``, ``"channel"`` or
+        ``"member"``.
     :param value: the refused value.
     :param reason: what is wrong with it and what to do, as the end of a sentence.
     """
@@ -19,6 +20,7 @@ class InvalidFieldError(EventStreamError, ValueError):
         super().__init__(f"{field}={_shown(value)} {reason}")
         self.field = field
         self.value = value
+        self.reason = reason
 
 
 class TooLargeError(EventStreamError, ValueError):

@@ -86,6 +86,17 @@ def cutter(environ: Mapping[str, Any]) -> Callable[[], None] | None:
     return lambda: descriptors.cut(found.fileno())
 
 
+def probe(environ: Mapping[str, Any], patience: float) -> None:
+    """Have the kernel give up the silent client of a request, if its server is known.
+
+    :param environ: the WSGI environment.
+    :param patience: see :func:`descriptors.probe`.
+    """
+    found = _socket_in(environ) if descriptors.IS_AVAILABLE else None
+    if found is not None:
+        descriptors.probe(found.fileno(), patience)
+
+
 def _socket_in(environ: Mapping[str, Any]) -> Any:
     for key in ("gunicorn.socket", "werkzeug.socket"):
         if key in environ:

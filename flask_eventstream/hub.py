@@ -82,8 +82,8 @@ class SocketHub:
         self._frames = Frames()
         self._now = 0.0
 
-    def add(self, subscriber: Subscriber) -> None:
-        """Send a subscriber everything from now on.
+    def add(self, subscriber: Subscriber, patience: float | None = None) -> None:
+        """Send a subscriber everything from now on; for ``patience`` see :func:`prepare`.
 
         :raises OSError: if it cannot be watched, for want of descriptors or memory.
         :raises RuntimeError: if no thread can be started. In both cases it is still the caller's;
@@ -92,7 +92,7 @@ class SocketHub:
         with self._mutex:
             if not self._watcher.is_open:
                 self._watcher.open()
-        descriptors.prepare(subscriber.descriptor, self._max_lag)
+        descriptors.prepare(subscriber.descriptor, self._max_lag, patience)
         # Here and not in the loop, since it gives the GIL away. No event is missed: what is sent
         # first finds out what there was.
         self._watcher.add(subscriber.descriptor)

@@ -24,6 +24,7 @@ from .subscription import Subscription
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from .members import Members
     from .revocations import RevocationLog
     from .run_registry import RunRegistry
 
@@ -115,6 +116,13 @@ class LocalBroker(Broker):
         :param seconds: how long a run is kept after its end, in seconds.
         :param lease: how long a producer that is not heard of counts as alive, in seconds.
         :param max_ended: how many runs that have ended this process keeps at most.
+        """
+
+    @abstractmethod
+    def members(self, seconds: float) -> Members:
+        """Return what knows who is present on this broker's channels.
+
+        :param seconds: for how long a member without connections is waited for, in seconds.
         """
 
     def _open(

@@ -10,6 +10,7 @@ from .errors import InvalidFieldError
 from .event import with_id
 from .history import Entry
 from .local_broker import LOG_PREFIX, MINTED_HINT, LocalBroker, seq_of_minted
+from .members import MemoryMembers
 from .run_registry import MemoryRegistry
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ class MemoryBroker(LocalBroker):
         """Return what knows of the runs; see :meth:`LocalBroker.registry`."""
         # No lease: who could be told that this process is gone is gone with it.
         return MemoryRegistry(self, seconds, max_ended, self._clock)
+
+    def members(self, seconds: float) -> MemoryMembers:
+        """Return what knows who is present; see :meth:`LocalBroker.members`."""
+        return MemoryMembers(self.publish, seconds, self._clock)
 
     def write_log(self, run: str, wire: bytes) -> None:
         """Append some events to the log of a run."""

@@ -13,6 +13,7 @@ from . import access
 from .body import ShortBody, SubscriptionBody, jittered
 from .errors import BrokerUnavailableError
 from .event import ServerSentEvent, encode_comment
+from .members import member_name, present_event
 from .memory_broker import MemoryBroker
 from .response import EventStreamResponse, cursor, json_dumps
 from .signals import subscriber_connected
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .config import Config
+    from .members import Stay
     from .places import Place
     from .state import State
     from .subscription import Subscription
@@ -91,6 +93,8 @@ def subscribed(
     names: tuple[str, ...],
     history: int,
     snapshot: Callable[[], Any] | None,
+    is_member: bool = False,
+    member: str | None = None,
 ) -> EventStreamResponse:
     """Subscribe to channels, and return the response; see :meth:`EventStream.subscribe`."""
     if state.shutdown.has_begun:
@@ -101,16 +105,24 @@ def subscribed(
             subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
         except BrokerUnavailableError as error:
             return come_again(state.config, error)
+        stay = None
         try:
             start = first_events(state.config, subscription, snapshot)
+            if is_member:
+                stay = state.members.enter(names[0], member_name(member, place.user))
+                # Behind all that history has of joins and leaves.
+                start += b"" if subscription.resumed else present_event(state.members, names[0])
+        except BrokerUnavailableError as error:
+            subscription.close()
+            return come_again(state.config, error)
         except BaseException:
             subscription.close()
             raise
-        return open_stream(state, subscription, start, place)
+        return open_stream(state, subscription, start, place, stay)
 
 
 def open_stream(
-    state: State, subscription: Subscription, start: bytes, place: Place
+    state: State, subscription: Subscription, start: bytes, place: Place, stay: Stay | None = None
 ) -> EventStreamResponse:
     """Return the response to a subscriber. It ends no later than the token of the request.
 
@@ -118,6 +130,7 @@ def open_stream(
     :param subscription: what the client has to get.
     :param start: the events that come first.
     :param place: the subscriber's, which is released at the end.
+    :param stay: that the subscriber is present, which it is no more at the end.
     """
     config = state.config
     first = opening(config) + start
@@ -126,6 +139,7 @@ def open_stream(
     body = SubscriptionBody(
         subscription, first, config.heartbeat, config.max_lifetime, state, place
     )
+    body.stay = stay
     time_left = access.time_left()
     if time_left is not None:
         body.deadline = min(body.deadline, time.monotonic() + time_left)

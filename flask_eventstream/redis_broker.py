@@ -12,8 +12,10 @@ from .broker import DEFAULT_CHANNEL, channel_names
 from .errors import BrokerUnavailableError, InvalidFieldError
 from .event import MAX_EVENT_BYTES
 from .local_broker import LOG_PREFIX, MAX_RUN_BYTES, MINTED_HINT, LocalBroker
-from .redis_feeds import Feeds
-from .redis_link import DOUBT_SECONDS, MintedIdError, RedisLink, Repeats
+from .members import PRESENCE_SECONDS
+from .redis_feeds import LEAST_KEPT, MARGIN_SECONDS, Feeds
+from .redis_link import DOUBT_SECONDS, KEY_PREFIX, MintedIdError, RedisLink, Repeats
+from .redis_members import RedisMembers
 from .redis_presence import Presence
 from .redis_reader import RedisReader
 from .redis_runs import RedisRegistry
@@ -27,17 +29,6 @@ if TYPE_CHECKING:
     from .broker import Encoded
     from .channels import ChannelSet
     from .subscription import Subscription
-
-KEY_PREFIX = "eventstream:"
-"""What the names of all keys in Redis begin with, unless told otherwise."""
-
-MARGIN_SECONDS = 60
-"""How much longer Redis keeps events than clients are promised: a process that is cut off from it
-for no longer than that misses nothing that it still has to send."""
-
-LEAST_KEPT = 256
-"""How many events of a channel Redis keeps at least, so that a short loss of the connection is made
-good even without any history for clients."""
 
 _EVENTS_AT_ONCE = 100
 _SETTLE_SECONDS = 1.0
@@ -104,12 +95,14 @@ class RedisBroker(LocalBroker):
         )
         self._max_run_bytes = max_run_bytes
         self.revocation_log = RevocationLog(self._link, self._keys.revoked)
+        # For those that only read, and tell of members whose process has died.
+        self.members(PRESENCE_SECONDS)
         concurrency.call_at_exit(self._leave)
 
     def _start(self) -> None:
         super()._start()
         self._feeds = Feeds(self._channels, self._clock)
-        self._presence = Presence(self._link, self._keys)
+        self._presence = Presence(self._link, self._keys, lambda: self._members.sweep())
         self._expected = 0
         self._progress = concurrency.Progress()
         self._reader = RedisReader(
@@ -222,6 +215,11 @@ class RedisBroker(LocalBroker):
         """Return what knows of the runs, which Redis keeps; see :meth:`LocalBroker.registry`."""
         limit = self._max_run_bytes
         return RedisRegistry(self._link, self._keys, self._local_count, seconds, lease, limit)
+
+    def members(self, seconds: float) -> RedisMembers:
+        """Return what knows who is present, which Redis keeps; see :meth:`LocalBroker.members`."""
+        self._members = RedisMembers(self._link, self._keys, self._keep, self._seconds, seconds)
+        return self._members
 
     @contextmanager
     def _followed(self, names: Sequence[str]) -> Iterator[None]:

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from .channels import Channels
     from .redis_scripts import Message, Record, Sync
 
+MARGIN_SECONDS = 60
+"""How much longer Redis keeps events than clients are promised: a process that is cut off from it
+for no longer than that misses nothing that it still has to send."""
+
+LEAST_KEPT = 256
+"""How many events of a channel Redis keeps at least, so that a short loss of the connection is made
+good even without any history for clients."""
+
 _EPOCHS = 8
 
 

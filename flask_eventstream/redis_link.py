@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+KEY_PREFIX = "eventstream:"
+"""What the names of all keys in Redis begin with, unless told otherwise."""
+
 DOUBT_SECONDS = 10
 """For how long a call that failed, made again, is taken for the same one, in seconds."""
 

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from .redis_link import RedisLink
     from .redis_scripts import Keys
@@ -31,13 +31,17 @@ class Presence:
 
     :param link: the connections to Redis.
     :param keys: the names of the keys.
+    :param on_members: called with each renewal, if members are present somewhere.
     :ivar key: the key of this process, and the name of the messages that only it gets.
     """
 
-    def __init__(self, link: RedisLink, keys: Keys) -> None:
+    def __init__(
+        self, link: RedisLink, keys: Keys, on_members: Callable[[], object] = bool
+    ) -> None:
         self._token = secrets.token_hex(8)
         self._link = link
         self._keys = keys
+        self._on_members = on_members
         self.key = keys.process(self._token)
         self._counts: dict[str, int] = {}
         self._untold: set[str] = set()
@@ -58,13 +62,14 @@ class Presence:
             return
         self._next_renewal, self._has_failed = now + RENEWAL_SECONDS, True
         gone = [name for name in self._untold if name not in self._counts]
-        lives, *_ = self._link.pipeline(
+        lives, *_, members = self._link.pipeline(
             [
                 ("EXPIRE", self.key, LEASE_SECONDS),
                 *([("HDEL", self.key, *gone)] if gone else []),
                 ("HSET", self.key, "", total, *self._numbers_of(self._untold)),
                 ("EXPIRE", self.key, LEASE_SECONDS),
                 ("SADD", self._keys.processes, self._token),
+                ("EXISTS", self._keys.leases, self._keys.leaving),
             ]
         )
         if not lives and self._counts:
@@ -72,6 +77,8 @@ class Presence:
             self._link.pipeline([("HSET", self.key, *self._numbers_of(self._counts))])
         self._untold.clear()
         self._has_failed = False
+        if members:
+            self._on_members()
 
     def note(self, changed: Mapping[str, int]) -> None:
         """Take note of numbers that have changed, to be told next time."""

@@ -19,6 +19,8 @@ With the prefix ``eventstream:`` and the database 0, the keys are:
 ``eventstream:0:run:<key>``, ``eventstream:0:producer:<token>``
     How a run stands, and the lease of a process that has runs; see ``redis_runs``. The log of a run
     is a channel whose name no publisher can give.
+``eventstream:0:members:<channel>`` and others
+    Who is present; see ``redis_members``.
 
 Each event is also published as a message, under the name of its channel's key. Messages know no
 databases, so the name has the number in it. A message is a line ``<epoch> <seq> <milliseconds>
@@ -200,15 +202,18 @@ class Keys:
 
     :param prefix: the prefix.
     :param database: the number of the database.
+    :ivar prefix: what all names begin with: the prefix, and the number.
     """
 
     def __init__(self, prefix: str, database: int) -> None:
-        self._prefix = f"{prefix}{database}:".encode()
-        self.state = self._prefix + b"state"
-        self.marks = self._prefix + b"marks"
-        self.processes = self._prefix + b"processes"
-        self.revoked = self._prefix + b"revoked"
-        self._channel = self._prefix + b"channel:"
+        self.prefix = f"{prefix}{database}:".encode()
+        self.state = self.prefix + b"state"
+        self.marks = self.prefix + b"marks"
+        self.processes = self.prefix + b"processes"
+        self.revoked = self.prefix + b"revoked"
+        self.leases = self.prefix + b"leases"
+        self.leaving = self.prefix + b"leaving"
+        self._channel = self.prefix + b"channel:"
 
     def channel(self, name: str) -> bytes:
         """Return the key, and the name of the messages, of a channel."""
@@ -216,15 +221,15 @@ class Keys:
 
     def process(self, token: str) -> bytes:
         """Return the key, and the name of the messages, of a process."""
-        return b"%bprocess:%b" % (self._prefix, token.encode())
+        return b"%bprocess:%b" % (self.prefix, token.encode())
 
     def run(self, key: str) -> bytes:
         """Return the key of what is known of a run."""
-        return b"%brun:%b" % (self._prefix, key.encode())
+        return b"%brun:%b" % (self.prefix, key.encode())
 
     def producer(self, token: str) -> bytes:
         """Return the key of the lease of a process that has runs."""
-        return b"%bproducer:%b" % (self._prefix, token.encode())
+        return b"%bproducer:%b" % (self.prefix, token.encode())
 
     def name_of(self, key: bytes) -> str:
         """Return the name of the channel that a key belongs to."""

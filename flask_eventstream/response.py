@@ -134,6 +134,8 @@ class EventStreamResponse(Response):
                 owner = self if self._has_closers else stream
                 hand_over = partial(_hand_over, shutdown_in_use(), hub, stream, owner)
                 return hijack.HijackingBody(server, iter(app_iter), hand_over, self.close)
+        if isinstance(stream, SubscriptionBody) and stream.patience is not None:
+            hijack.probe(environ, stream.patience)
         self._have_it_cut(environ)
         return app_iter
 
@@ -209,7 +211,7 @@ def _hand_over(
         hijacked.is_chunked,
         stream.deadline,
     )
-    hub.add(subscriber)
+    hub.add(subscriber, stream.patience)
     stream.finish_by(partial(hub.end, subscriber))
     shutdown.watch()
 

@@ -18,6 +18,7 @@ from .errors import BrokerUnavailableError, NotRegisteredError
 from .event import HEARTBEAT
 from .figures import Figures
 from .hub import SocketHub
+from .members import grace
 from .places import Places
 from .revocations import Revocations
 from .runs import Runs
@@ -27,6 +28,7 @@ from .signals import subscriber_disconnected
 if TYPE_CHECKING:
     from .body import SubscriptionBody
     from .local_broker import LocalBroker
+    from .members import Members
 
 
 _logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class State:
     :param revocations: whose rights were revoked.
     :param hub: what sends to their sockets, if they may be taken.
     :param runs: the runs that its process produces.
+    :param members: who is present.
     :param shutdown: what ends all of that.
     :param figures: what is counted of it.
     :param has_warned: whether it was said that the broker is for one process only.
@@ -56,6 +59,7 @@ class State:
     revocations: Revocations
     hub: SocketHub | None
     runs: Runs
+    members: Members
     shutdown: Shutdown
     figures: Figures = field(default_factory=Figures)
     has_warned: bool = False
@@ -72,6 +76,9 @@ class State:
     def closed(self, body: SubscriptionBody) -> None:
         """Count a subscriber who is off the books, and tell of him."""
         self.figures.ended(body.reason)
+        if body.stay is not None:
+            config = self.config
+            body.stay.leave(grace(body.reason, config.presence_seconds, config.heartbeat))
         channels, connection = body.subscription.channels, connection_id(body)
         if body.reason in endings.ABNORMAL:
             evidence = {
@@ -126,7 +133,8 @@ def new_state(app: Any) -> State:
     revocations = Revocations(places, broker.revocation_log)
     # The last one here is the first one that hears of the interpreter's end.
     shutdown = Shutdown(config.retry, runs, *filter(None, [hub]))
-    return State(app, config, broker, places, revocations, hub, runs, shutdown)
+    members = broker.members(config.presence_seconds)
+    return State(app, config, broker, places, revocations, hub, runs, members, shutdown)
 
 
 def app_in_use() -> Flask:

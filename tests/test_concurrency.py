@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
@@ -162,6 +163,21 @@ class Forked:
 
     def call(self) -> None:
         self.calls += 1
+
+
+def test_a_waker_that_has_a_pause_works_without_a_ring() -> None:
+    rounds: list[float] = []
+
+    def work() -> bool:
+        rounds.append(time.monotonic())
+        return len(rounds) < 5
+
+    waker = concurrency.Waker(work)
+    waker.pause = 0.01
+    waker.start()
+    wait_for(lambda: waker._bell is None)
+    assert len(rounds) == 5
+    assert rounds[-1] - rounds[1] > 0.02
 
 
 def test_a_forked_child_calls_what_is_still_alive() -> None:

@@ -98,10 +98,33 @@ def test_small_events_leave_at_once_and_a_vanished_client_is_given_up(
     assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2**31 - 1
 
 
+@pytest.mark.parametrize(
+    ("patience", "idle", "look", "timeout"),
+    [(7.5, 5, 2, 6500), (2, 1, 1, 1500), (0.5, 1, 1, 500), (1e9, 21845, 10922, 32_766_500)],
+)
+def test_a_silent_client_is_asked_once_and_then_looked_at(
+    pair: tuple[socket.socket, socket.socket], patience: float, idle: int, look: int, timeout: int
+) -> None:
+    server, _ = pair
+    descriptors.prepare(server.fileno(), 1e9, patience)
+    assert server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == idle
+    assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == look
+    assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == timeout
+
+
+def test_nobody_is_waited_for_longer_than_for_all_others(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    server, _ = pair
+    descriptors.prepare(server.fileno(), 1, 60)
+    assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000
+
+
 def test_a_unix_socket_needs_no_preparation() -> None:
     server, client = socket.socketpair()
     with server, client:
-        descriptors.prepare(server.fileno(), timeout=30)
+        descriptors.prepare(server.fileno(), timeout=30, patience=7)
         assert descriptors.send_from(server.fileno(), b"x", 0) == 1
 
 

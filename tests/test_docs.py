@@ -239,6 +239,56 @@ def test_the_page_with_a_token_goes_on_with_a_new_one_where_it_was(tmp_path: Pat
         )
 
 
+PRESENCE_APP = """
+from flask import Flask, abort, request
+from flask_eventstream import eventstream
+
+app = Flask(__name__)
+app.config.update(SECRET_KEY="secret")
+app.register_blueprint(eventstream, url_prefix="/stream")
+
+{code}
+
+@app.get("/as/<name>")
+def page(name):
+    session["name"] = name
+    return '''<pre id="who"></pre><pre id="said"></pre><script>
+const heard = [];
+{script}
+for (const type of ["join", "leave"]) {{ on(type, (data) => heard.push(type + " " + data.member)); }}
+</script>'''
+"""
+
+
+def test_the_page_of_a_room_shows_who_is_there_and_a_reload_is_nothing(tmp_path: Path) -> None:
+    docs = (DOCS / "presence.rst").read_text("utf-8")
+    [code] = re.findall(r"testcode::\n\n((?:   .*def room_events.*\n|   .*\n|\n)+)", docs)[:1]
+    [script] = re.findall(r"code-block:: javascript\n\n((?:   .*\n|\n)+)", docs)
+    app = PRESENCE_APP.format(code=dedent(code), script=script)
+    (tmp_path / "room_page.py").write_text(app, "utf-8")
+    path = f"--pythonpath={tmp_path}"
+    with serving("room_page:app", "gthread", "--threads=8", path) as server, chromium() as browser:
+        ada, bob = (browser.new_context().new_page() for _ in range(2))
+        for page, name in ((ada, "ada"), (bob, "bob")):
+            page.goto(f"{server.url}/as/{name}")
+            page.wait_for_function(f"who.textContent.includes('{name}')")
+        second = ada.context.new_page()
+        second.goto(f"{server.url}/as/ada")
+        for page in (ada, second, bob):
+            page.wait_for_function("who.textContent === '2: ada, bob'")
+        second.close()
+        ada.reload()
+        ada.wait_for_function("who.textContent === '2: ada, bob'")
+        ada.evaluate(
+            "fetch('/rooms/1/messages', {method: 'POST', body: new URLSearchParams({text: '<b>'})})"
+        )
+        bob.wait_for_function("said.textContent === 'ada: <b>\\n'")
+        ada.close()
+        bob.wait_for_function("who.textContent === '1: bob'")
+        # Not one of the reload, or of the tab, which came before the last one was closed.
+        assert bob.evaluate("heard") == ["join bob", "leave ada"]
+
+
 def test_every_link_of_the_readme_leads_to_a_file() -> None:
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert links

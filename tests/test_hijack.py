@@ -18,7 +18,13 @@ import httpx
 import pytest
 
 from flask_eventstream import EventStreamResponse, ServerSentEvent, descriptors
-from flask_eventstream.hijack import Hijacked, HijackingBody, ServerSocket, server_socket
+from flask_eventstream.hijack import (
+    Hijacked,
+    HijackingBody,
+    ServerSocket,
+    probe,
+    server_socket,
+)
 from flask_eventstream.subscriber import framed
 from flask_eventstream.testing import client_stream
 
@@ -825,3 +831,11 @@ def test_a_stream_of_a_generator_is_not_hijacked(app: Flask) -> None:
 def test_an_apps_own_class_of_responses_is_no_obstacle(app: Flask) -> None:
     app.response_class = type("OwnResponse", (flask.Response,), {})
     assert road_of(app) is HijackingBody
+
+
+def test_the_kernel_looks_for_the_silent_client_of_a_server_that_is_known() -> None:
+    with socket.socket() as client:
+        probe({"gunicorn.socket": client}, 15)
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    # Nothing can be done, and nothing fails.
+    probe({"wsgi.input": io.BytesIO()}, 15)

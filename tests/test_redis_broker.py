@@ -705,6 +705,10 @@ def test_the_rights_in_the_documentation_are_enough(own_redis: RedisServer) -> N
     registry.close()
     wait_for(lambda: b"event: lost" in (reader.take(5) or b""))
     reader.close()
+    stay = broker.members(0.01).enter("sse", "ada")
+    stay.leave()
+    members = broker.subscribe("sse", history=2)
+    wait_for(lambda: b"event: leave" in (members.take(5) or b""))
     broker.close()
     wait_for(lambda: not own_redis.redis.keys("*process:*"))
 
