@@ -6,6 +6,9 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 WORKERS ?= 1
 
+# Who is in the plot of the figures: ours, peers, and the limit.
+PLOTTED := "C epoll loop,gunicorn-gevent,gunicorn-gthread,gunicorn-sync,nchan,Node http,better-sse,Starlette,sse-starlette,Flask-SSE"
+
 SECONDS ?= 60
 MINUTES ?= 10
 
@@ -51,6 +54,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/generator.py
 	$(BIN)/python benchmarks/send.py
 	$(BIN)/python benchmarks/fanout.py
+	$(BIN)/python benchmarks/fanout.py --work steady --sets single --rounds 1 \
+		--subscribers 300,1000,3000,10000 --server $(PLOTTED) --svg docs/_static/fanout.svg
 	$(BIN)/python benchmarks/redis_broker.py
 	$(BIN)/python benchmarks/runs.py
 	$(BIN)/python -m benchmarks.shutdown

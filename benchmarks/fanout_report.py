@@ -187,9 +187,9 @@ class Bar(NamedTuple):
 
 
 def judge(results: Results) -> list[Bar]:
-    """Return all aims for what was measured."""
+    """Return all aims for what was measured; there are none for fewer than 1,000 subscribers."""
     bars = []
-    for size in results.sizes():
+    for size in [size for size in results.sizes() if size >= 1_000]:
         ours = [name for name in HUB if name in results.names(size, "steady.cpu_us")]
         for name in ours:
             bars += _judge_server(results, name, size)

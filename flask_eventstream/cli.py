@@ -78,10 +78,9 @@ def _of_requests(command: Command) -> Command:
 @click.option("--type", help="The event type; 'message' by default.")
 @click.option("--id", help="An id of your own instead of the broker's.")
 @click.option("--retry", type=int, help="The reconnection time in milliseconds.")
+@click.option("--key", help="What the event is the newest value of.")
 @click.option("--json", "is_json", is_flag=True, help="DATA is JSON, and is checked.")
-def publish(
-    channel: str, data: str, type: str | None, id: str | None, retry: int | None, is_json: bool
-) -> None:
+def publish(channel: str, data: str, is_json: bool, **fields: Any) -> None:
     """Send an event with DATA to a CHANNEL, and print its id. DATA may be '-', for stdin."""
     advice = "have a view of the running app publish, and send it a request"
     state = _shared_state("nobody is subscribed", advice)
@@ -90,7 +89,7 @@ def publish(
         stdin = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
         data = stdin.removesuffix("\n")
     event = _parsed(data) if is_json else data
-    click.echo(state.blueprints[0].publish(event, type, id, retry, channel))
+    click.echo(state.blueprints[0].publish(event, channel=channel, **fields))
 
 
 def _parsed(data: str) -> Any:

@@ -28,6 +28,10 @@ RUN_BY = {
     "deployment.rst": {
         "nginx.conf": "test_docs::test_through_nginx_each_event_arrives_at_once",
     },
+    "faq.rst": {
+        "$ curl": "test_docs_blocks::test_curl_shows_events_as_they_come",
+        "source.addEventListener": "test_docs_blocks::test_a_page_takes_events_by_their_type",
+    },
     "generator-streams.rst": {
         'const source = new EventSource("/numbers");': "test_docs_blocks::test_a_page_closes_a_stream_at_its_end",
         'const source = new EventSource("/stream/import");': "test_docs_blocks::test_a_page_shows_items_and_is_told_of_an_error",
@@ -44,6 +48,9 @@ RUN_BY = {
     "operations.rst": {
         "from gevent import monkey": "test_docs::test_the_program_with_pywsgi_ends_its_streams_when_it_is_told_to_stop",
         "A stream has ended": "test_docs_blocks::test_the_log_line_of_the_page_is_one_of_the_app",
+    },
+    "presence.rst": {
+        "const members": "test_docs::test_the_page_of_a_room_shows_who_is_there_and_a_reload_is_nothing",
     },
     "quickstart.rst": {
         "$ flask --app app run": "test_docs_blocks::test_the_quickstart_greets_two_tabs",

@@ -135,6 +135,16 @@ def test_a_broker_that_is_away_is_an_error_in_words(make_app: MakeApp) -> None:
 # listen
 
 
+def test_a_key_is_that_of_the_event_and_does_not_go_with_an_own_id(shared: Flask) -> None:
+    def publish_twice() -> None:
+        for value in ("1", "2"):
+            printed(run(shared, "publish", "news", value, "--key=tea"))
+
+    assert [event.data for event in received(shared, publish_twice)] == ["2"]
+    both = run(shared, "publish", "news", "3", "--key=tea", "--id=own")
+    assert "leave one of them out" in refused(both)
+
+
 def test_a_url_is_followed_until_its_server_says_that_it_is_over(app: Flask) -> None:
     events = b"id: 1\nretry: 0\ndata: a\ndata: b\x1b[2J\n\n", "event: t\ndata: 数\n\n".encode()
     with canned(STREAM + chunked(*events) + END, GONE) as server:

@@ -255,7 +255,8 @@ def page(name):
     return '''<pre id="who"></pre><pre id="said"></pre><script>
 const heard = [];
 {script}
-for (const type of ["join", "leave"]) {{ on(type, (data) => heard.push(type + " " + data.member)); }}
+const note = (type) => on(type, (data) => heard.push(type + " " + data.member));
+["join", "leave"].forEach(note);
 </script>'''
 """
 

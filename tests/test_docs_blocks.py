@@ -14,7 +14,7 @@ import httpx
 import pytest
 from flask import Flask
 from flask.cli import run_command
-from gunicorn.config import Config as GunicornConfig
+from gunicorn.config import Config as GunicornConfig  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry, generate_latest
 
 from flask_eventstream import EventStream, EventStreamParser, ServerSentEvent, metrics
@@ -198,7 +198,7 @@ def report():
 
 @app.post("/publish")
 def publish():
-    return eventstream.publish(request.json)
+    return eventstream.publish(request.json, request.args.get("type"))
 
 @app.post("/map")
 def binary():
@@ -253,6 +253,26 @@ def test_a_page_takes_a_reset_for_a_new_beginning(
     """
     page = open_page(before + block("channels.rst", "javascript", "reset"))
     page.wait_for_function("document.querySelector('ol')?.textContent === 'one;two;'")
+
+
+def test_a_page_takes_events_by_their_type(open_page: Callable[..., Page], site: Server) -> None:
+    page = open_page('const source = new EventSource("/stream");' + block("faq.rst", "javascript"))
+    wait_for(lambda: greet(site) and page.evaluate("shown.length"), what="a greeting")
+    assert page.evaluate("shown[0]") == '"Hello!"'
+
+
+def greet(site: Server) -> bool:
+    return httpx.post(f"{site.url}/publish?type=greeting", json="Hello!").is_success
+
+
+def test_curl_shows_events_as_they_come(site: Server, tmp_path: Path) -> None:
+    system_part("curl")
+    command = typed("faq.rst", "curl -N").replace("http://127.0.0.1:5000", site.url)
+    with Shell(tmp_path).typing(command) as curl:
+        assert curl.stdout is not None
+        wait_for(lambda: ":\n" in iter(curl.stdout.readline, ""), what="the first line")
+        assert greet(site)
+        assert "event: greeting\n" in iter(curl.stdout.readline, "")
 
 
 def test_a_page_closes_a_stream_at_its_end(open_page: Callable[..., Page]) -> None:
@@ -364,8 +384,7 @@ def test_the_programs_publish_to_the_app_with_its_setting(redis: RedisServer) ->
         exec(publish, names)
         exec(publish_many, names)
         names["broker"].close()
-        parser, events = EventStreamParser(), list[ServerSentEvent]()
-        wait_for(lambda: events.extend(parser.feed(subscription.take(1))) or len(events) == 3)
+        events = EventStreamParser().feed(b"".join(subscription.take(5) for _ in range(3)))
     assert [(it.type, it.data) for it in events] == [
         ("progress", '{"done": 40}'), ("message", '{"line": "a"}'), ("message", '{"line": "b"}')
     ]  # fmt: skip
