@@ -79,6 +79,9 @@ RUN_BY = {
     "wire.rst": {
         "source.addEventListener": "test_docs_blocks::test_a_page_unzips_binary_data",
     },
+    "tutorials/chat-room.rst": {
+        "": "test_tutorials::test_two_talk_in_a_room_and_a_third_one_hears_what_was_said",
+    },
     "tutorials/notifications.rst": {
         "": "test_tutorials::test_a_script_a_command_and_a_task_publish_to_two_workers",
         "const send": "test_tutorials::test_news_reach_everybody_and_messages_one",

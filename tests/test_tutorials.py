@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.beside
 
 TYPEWRITER = "tutorials/typewriter.rst"
+CHAT_ROOM = "tutorials/chat-room.rst"
 NOTIFICATIONS = "tutorials/notifications.rst"
 ANSWER = "You have asked: “Why?” I have to think about that. "
 TEXT = "document.querySelector('output').value"
@@ -156,13 +157,13 @@ def test_stop_ends_the_answer_for_all_tabs_and_what_there_is_stays(
 # Notifications
 
 
-def logged_in(browser: Browser, url: str, name: str) -> Page:
+def logged_in(browser: Browser, url: str, name: str, button: str = "Log in") -> Page:
     page = browser.new_context().new_page()
     page.set_default_timeout(DEADLINE * 1000)
     page.goto(url)
     page.fill("[name=name]", name)
     with page.expect_response("**/events") as opened:
-        page.click("text=Log in")
+        page.click(f"text={button}")
         page.wait_for_url(url + "/")
     assert opened.value.status == 200
     return page
@@ -212,3 +213,29 @@ def test_a_script_a_command_and_a_task_publish_to_two_workers(
             channels.close()
             assert "data: x" in listening.communicate(timeout=DEADLINE)[0]
         page.context.close()
+
+
+# The chat room
+
+
+def test_two_talk_in_a_room_and_a_third_one_hears_what_was_said(
+    browser: Browser, tmp_path: Path
+) -> None:
+    write_files(CHAT_ROOM, tmp_path)
+    environ = {"FLASK_EVENTSTREAM_PRESENCE_SECONDS": "0.2"}
+    with pasted(tmp_path, **environ) as server:
+        ada, grace = (logged_in(browser, server.url, name, "Come in") for name in ("Ada", "Grace"))
+        for page, text in ((ada, "Hello!"), (grace, "<b>Hi</b>")):
+            page.fill("[name=text]", text)
+            page.click("text=Say")
+        said = ["Ada: Hello!", "Grace: <b>Hi</b>"]
+        assert sorted(shown(ada, 2)) == sorted(shown(grace, 2)) == said
+        assert shown(ada, 2) == shown(grace, 2)
+        third = logged_in(browser, server.url, "Mary", "Come in")
+        assert shown(third, 2) == shown(ada, 2)
+        for page in (ada, grace, third):
+            page.wait_for_selector("text='Ada, Grace, Mary'")
+        grace.context.close()
+        for page in (ada, third):
+            page.wait_for_selector("text='Ada, Mary'")
+            page.context.close()
