@@ -61,7 +61,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.shutdown
 
 clean:
-	rm -rf $(VENV) beside.log build dist docs/_build *.egg-info
+	rm -rf $(VENV) beside.log build dist docs/_build instance *.egg-info
 
 # Debian keeps ensurepip in a package of its own, without which venv fails.
 $(BIN)/python:

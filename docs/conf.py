@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import doctest
+import json
 from importlib.metadata import version as installed_version
+from pathlib import Path
 
 project = "flask_eventstream"
 author = "the authors of flask_eventstream"
@@ -11,6 +13,13 @@ version = release
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.doctest"]
 exclude_patterns = ["_build"]
 default_role = "code"
+
+# |htmx.org| is a package that the tests read streams with, and its version.
+_clients = Path(__file__).parent.parent / "tests" / "clients" / "package.json"
+rst_epilog = ""
+for _name, _version in json.loads(_clients.read_text("utf-8"))["dependencies"].items():
+    _package, _, _number = _version.removeprefix("npm:").rpartition("@")
+    rst_epilog += f".. |{_name}| replace:: ``{_package or _name}`` {_number}\n"
 
 html_theme = "furo"
 html_title = f"flask_eventstream {release}"

@@ -1,13 +1,16 @@
 """The example application: a page for each way of streaming to a browser.
 
 Run it with ``gunicorn -k gevent "example_app:create_app()"``, or with
-``gunicorn -k gthread --threads 32 "example_app:create_app()"``. With ``REDIS_URL`` in the
-environment, for instance ``redis://127.0.0.1``, it may have as many worker processes as you like.
+``gunicorn -k gthread --threads 32 "example_app:create_app()"``. With ``REDIS_URL``, for instance
+``redis://127.0.0.1``, and ``SECRET_KEY`` in the environment, it may have as many worker processes
+as you like.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, request
@@ -15,6 +18,7 @@ from werkzeug.exceptions import HTTPException
 
 from flask_eventstream import eventstream
 
+from . import binary, inspector, log, notifications, progress
 from .chat_api import api, in_json
 from .pages import pages
 from .streams import examples, messages
@@ -29,8 +33,22 @@ PACE = {
     "DATA_SECONDS": 1.0,
     "HEARTBEAT_SECONDS": 5.0,
     "NUMBER_SECONDS": 0.05,
+    "LOG_SECONDS": 0.2,
+    "STEP_SECONDS": 0.25,
+    "FRAME_SECONDS": 1 / 15,
+    "PULSE_SECONDS": 0.5,
+    "RIGHT_SECONDS": 600,
 }
 """The pauses of the streams, in seconds; tests make them shorter."""
+
+GALLERY = (
+    notifications.notifications,
+    log.log,
+    progress.progress,
+    binary.binary,
+    inspector.inspector,
+)
+"""The blueprints of what people build."""
 
 
 def create_app(config: dict[str, Any] | None = None) -> Flask:
@@ -42,12 +60,14 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app = Flask(__name__)
     app.config.from_mapping(PACE)
     app.config["EVENTSTREAM_BROKER_URL"] = os.environ.get("REDIS_URL", "memory://")
+    # All processes have to be given the same one. This one is good for a single process.
+    app.config["SECRET_KEY"] = os.environ.get("SECRET_KEY") or secrets.token_hex()
+    app.config["SESSION_COOKIE_SAMESITE"] = "Lax"
+    app.config["LOG_FILE"] = str(Path(app.instance_path) / "example.log")
     app.config.from_mapping(config or {})
     app.register_blueprint(eventstream, url_prefix="/stream")
-    app.register_blueprint(examples)
-    app.register_blueprint(messages)
-    app.register_blueprint(api)
-    app.register_blueprint(pages)
+    for blueprint in (examples, messages, api, pages, *GALLERY):
+        app.register_blueprint(blueprint)
     app.register_error_handler(HTTPException, _in_words)
     app.after_request(_keep_to_own_origin)
     return app

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -12,7 +11,9 @@ from flask import Blueprint, render_template, request
 
 from flask_eventstream import eventstream
 
-from . import chat_api, streams
+from . import binary, chat_api, inspector, log, notifications, progress, streams
+from .catalog import EXAMPLES, GROUPS
+from .job import Job, run_alone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,59 +23,9 @@ pages = Blueprint("pages", __name__)
 _MODULES = Path(__file__).parent / "static" / "js"
 
 
-@dataclass(frozen=True)
-class Example:
-    """What the index and every page's navigation say of one page."""
-
-    name: str
-    title: str
-    summary: str
-
-
-EXAMPLES = (
-    Example(
-        "typewriter",
-        "Typewriter",
-        "An answer appears token by token. Stop closes the server's generator at once.",
-    ),
-    Example(
-        "clock",
-        "Clock",
-        "A custom event each second, with an id and a reconnection time. Connect and disconnect.",
-    ),
-    Example(
-        "interval",
-        "Interval and heartbeat",
-        "Two generators, each with a pace of its own, merged into one stream.",
-    ),
-    Example(
-        "broadcast",
-        "Broadcast",
-        "A message reaches every open tab. A tab that was offline gets what it missed.",
-    ),
-    Example(
-        "numbers",
-        "Numbers",
-        "A plain generator of numbers, read with fetch while it counts.",
-    ),
-    Example(
-        "resume",
-        "Resume",
-        "An answer outlives its connection. Kill it, reload, open a second tab: nothing is lost, "
-        "and nothing comes twice.",
-    ),
-    Example(
-        "chat-api",
-        "Chat API",
-        "A local model behind the wire of OpenAI. Its official clients, curl and this page read "
-        "the same stream.",
-    ),
-)
-
-
 @pages.get("/")
 def index() -> str:
-    return render_template("index.html", examples=EXAMPLES)
+    return render_template("index.html", groups=GROUPS)
 
 
 @pages.get("/typewriter")
@@ -131,12 +82,69 @@ def chat() -> str:
     return _page("chat-api", functions, models=chat_api.MODELS)
 
 
+@pages.get("/notifications")
+def notify() -> str:
+    functions: list[Callable[..., Any]] = [
+        notifications.log_in,
+        notifications.log_out,
+        notifications.end_streams,
+        notifications.token,
+        notifications.send,
+        notifications.mark_as_read,
+    ]
+    return _page("notifications", functions, **notifications.for_page())
+
+
+@pages.get("/log")
+def follow() -> str:
+    functions: list[Callable[..., Any]] = [
+        log.follow,
+        log.burst,
+        log.Tail,
+        log.written_to,
+        log.append,
+    ]
+    return _page("log", functions, burst=log.BURST)
+
+
+@pages.get("/progress")
+def jobs() -> str:
+    functions: list[Callable[..., Any]] = [
+        progress.start,
+        progress.look_after,
+        progress.run_elsewhere,
+        progress.all_jobs,
+        progress.one_job,
+        progress.cancel,
+        Job,
+        run_alone,
+    ]
+    return _page("progress", functions, **progress.for_page())
+
+
+@pages.get("/binary")
+def frames() -> str:
+    functions: list[Callable[..., Any]] = [
+        binary.frames,
+        binary.picture,
+        binary.plasma,
+        binary.palette,
+    ]
+    return _page("binary", functions, width=binary.WIDTH, height=binary.HEIGHT)
+
+
+@pages.get("/inspector")
+def inspect_stream() -> str:
+    functions = [inspector.pulse, inspector.now]
+    return _page("inspector", functions, streams=inspector.STREAMS)
+
+
 def _page(name: str, functions: list[Callable[..., Any]], **values: Any) -> str:
     example = next(example for example in EXAMPLES if example.name == name)
     return render_template(
         f"{name}.html",
         example=example,
-        examples=EXAMPLES,
+        groups=GROUPS,
         # From what really runs, so that the page never lies.
         server_source="\n\n".join(inspect.getsource(function) for function in functions),
         client_source=(_MODULES / f"{name}.js").read_text("utf-8"),

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Runs a command with a Redis of its own, which REDIS_URL names, and which ends with it.
+# Runs a command with a Redis of its own, which REDIS_URL names, and which ends with it. What else
+# its processes have to share is SECRET_KEY, which is a new one unless there is one.
 set -u
 command -v redis-server >/dev/null || { echo "This needs redis-server." >&2; exit 1; }
 folder=$(mktemp -d)
@@ -16,6 +17,8 @@ until [ -S "$socket" ]; do
     sleep 0.05
 done
 export REDIS_URL="unix://$socket"
+SECRET_KEY=${SECRET_KEY:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
+export SECRET_KEY
 "$@" &
 command=$!
 trap 'kill "$command"' TERM

@@ -6,7 +6,8 @@ LEFT = "left"
 """The client has closed the connection, or it broke."""
 
 VANISHED = "vanished"
-"""The client's machine has not answered for ``EVENTSTREAM_MAX_LAG`` seconds."""
+"""The client's machine has not answered for ``EVENTSTREAM_MAX_LAG`` seconds, that of a member for
+half of ``EVENTSTREAM_HEARTBEAT``."""
 
 LAGGED = "lagged"
 """The client has taken less than what came, for too long."""

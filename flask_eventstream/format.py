@@ -1,7 +1,7 @@
 """How the items of a generator stream, its end and its failure become bytes.
 
-Two formats: the event stream with this package's own ``end`` and ``stream-error`` events, and the
-one that OpenAI's API speaks, whose clients know neither.
+Three formats: the event stream with this package's own ``end`` and ``stream-error`` events, and two
+for clients that know neither: OpenAI's API's, and that of Vercel's AI SDK.
 """
 
 from __future__ import annotations
@@ -108,16 +108,26 @@ class OpenAIFormat(StreamFormat):
         return self.last(FAILED, message).encode()
 
     def stopped(self, farewell: bytes) -> bytes:
-        """Return an error: OpenAI's clients take a stream that only stops for complete."""
+        """Return an error: these clients take a stream that only stops for complete."""
         return self.last("server_stopped", "The server stops. Please try again.").encode()
 
 
+class AISDKFormat(OpenAIFormat):
+    """What ``useChat`` of Vercel's AI SDK reads: it ends as OpenAI's, and has errors as parts."""
+
+    def last(self, type: str, message: str = "") -> ServerSentEvent:
+        """Return the line that ends a message, or the part that fails it."""
+        if type == "end":
+            return super().last(type)
+        return ServerSentEvent({"type": "error", "errorText": message})
+
+
 def stream_format(name: str, dumps: Callable[[Any], str], max_bytes: int) -> StreamFormat:
-    """Return the format with a name: ``"sse"`` or ``"openai"``.
+    """Return the format with a name: ``"sse"``, ``"openai"`` or ``"ai-sdk"``.
 
     :raises ConfigurationError: if there is no such format.
     """
-    formats = {"sse": StreamFormat, "openai": OpenAIFormat}
+    formats = {"sse": StreamFormat, "openai": OpenAIFormat, "ai-sdk": AISDKFormat}
     if name not in formats:
-        raise ConfigurationError("format", name, "is unknown; use 'sse' or 'openai'")
+        raise ConfigurationError("format", name, "is unknown; use 'sse', 'openai' or 'ai-sdk'")
     return formats[name](dumps, max_bytes)

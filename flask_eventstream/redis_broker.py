@@ -325,4 +325,5 @@ class RedisBroker(LocalBroker):
         """End every subscription of this process, and its connections, and accept nothing more."""
         self.settle()
         super().close()
+        self._members.close()
         self._reader.stop()

@@ -21,6 +21,7 @@ have them too. Each call also looks for what is due, of any process: whoever com
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import time
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .redis_scripts import Keys
 
 _PAIRS_AT_ONCE = 250
+_logger = logging.getLogger(__name__)
 
 TELL = (
     STATE
@@ -58,7 +60,7 @@ local prefix, token, leases, leaving = ARGV[3], ARGV[4], KEYS[3], KEYS[4]
 
 local function append(channel, wire)
   local KEYS, last_key = {KEYS[1], KEYS[2], prefix .. 'channel:' .. channel}, 3
-  local events, first = {'', wire}, 1
+  local events, first = {'', '', wire}, 1
 """
     + APPEND
     + r"""
@@ -165,7 +167,7 @@ class RedisMembers(Members):
         super()._start()
         self._token = secrets.token_hex(8)
         self._number = self._failures = 0
-        self._has_lease = False
+        self._has_lease = self._is_closed = False
         # Of each member that has come or gone, for how long it is waited for; None if it is here.
         self._untold: dict[Pair, float | None] = {}
         self._telling: dict[Pair, float | None] = {}
@@ -201,12 +203,25 @@ class RedisMembers(Members):
         self._untold[pair] = seconds
 
     def sweep(self) -> None:
-        """Announce who is due to leave, soon; whatever process it was."""
+        """Announce who is due to leave, soon; for a process that has no members, and only reads."""
+        if self._has_lease or self._is_closed:
+            return
         self._next_call = 0.0
-        self._keeper.start()
+        try:
+            self._keeper.start()
+            self._keeper.ring()
+        except RuntimeError:
+            # There is no thread to be had. Another process announces it, or the next look.
+            _logger.debug("nobody looks for members that are due", exc_info=True)
+
+    def close(self) -> None:
+        """Tell nothing any more. The members of this process leave when its lease ends."""
+        self._is_closed = True
         self._keeper.ring()
 
     def _look_after(self) -> float | None:
+        if self._is_closed:
+            return None
         with self._mutex:
             self._take_left()
             telling = dict(islice(self._untold.items(), _PAIRS_AT_ONCE))

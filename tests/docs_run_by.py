@@ -19,14 +19,21 @@ RUN_BY = {
         "let cursor": "test_docs::test_the_page_with_a_token_goes_on_with_a_new_one_where_it_was",
         "source.addEventListener": "test_docs_blocks::test_a_page_takes_a_reset_for_a_new_beginning",
     },
+    "clients.rst": {
+        "recipes/": "test_client_recipes::test_every_file_of_the_recipes_is_shown",
+        "recipes/recipes.py": "test_client_recipes::test_a_client_returns_with_its_cursor_and_shows_each_event_once",
+        "recipes/follow_with_httpx.py": "test_client_recipes::test_httpx_sse_comes_back_with_its_cursor_after_a_502_too",
+        "recipes/read_with_sseclient.py": "test_client_recipes::test_sseclient_reads_from_its_cursor",
+        "../tests/clients/eventsource.mjs": "test_client_recipes::test_eventsource_of_npm_sends_a_header_and_stops_at_the_end",
+        "../tests/clients/ai-sdk.mjs": "test_client_recipes::test_the_ai_sdk_reads_a_run_and_resumes_it",
+        "curl -N": "test_client_recipes::test_curl_shows_the_stream_as_the_documentation_says",
+        "data: one": "test_client_recipes::test_curl_shows_the_stream_as_the_documentation_says",
+    },
     "cli.rst": {
         "$ flask eventstream publish": "test_docs_blocks::test_the_commands_print_what_the_page_shows",
         "$ flask eventstream listen": "test_docs_blocks::test_listen_prints_what_the_page_shows",
         "$ flask eventstream channels": "test_docs_blocks::test_the_commands_print_what_the_page_shows",
         "$ flask eventstream doctor": "test_docs_blocks::test_the_doctor_finds_what_the_page_shows",
-    },
-    "deployment.rst": {
-        "nginx.conf": "test_docs::test_through_nginx_each_event_arrives_at_once",
     },
     "faq.rst": {
         "$ curl": "test_docs_blocks::test_curl_shows_events_as_they_come",
@@ -51,6 +58,10 @@ RUN_BY = {
     },
     "presence.rst": {
         "const members": "test_docs::test_the_page_of_a_room_shows_who_is_there_and_a_reload_is_nothing",
+    },
+    "proxies.rst": {
+        "proxies/": "test_proxies::test_the_first_bytes_and_each_event_arrive_at_once",
+        "proxies/away.asis": "test_proxies::test_a_restart_is_survived_by_a_browser_and_without_its_lines_it_is_not",
     },
     "quickstart.rst": {
         "$ flask --app app run": "test_docs_blocks::test_the_quickstart_greets_two_tabs",

@@ -1,55 +1,43 @@
-"""The documentation: it builds, its examples run, it leaves nothing out, its nginx works."""
+"""The documentation: it builds, its examples run, it leaves nothing out."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 import zlib
-from collections import deque
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import fields
-from http.client import HTTPConnection, HTTPResponse, IncompleteRead
-from pathlib import Path
+from http.client import HTTPConnection, HTTPResponse
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import flask_eventstream
-from flask_eventstream import EventStreamParser, errors, signals, testing
+from flask_eventstream import errors, signals, testing
 from flask_eventstream.config import Config
 from flask_eventstream.redis_broker import RedisBroker
 from flask_eventstream.testing import client_stream
 
 from .blocks import DOCS, blocks, pages
 from .browser import chromium
-from .servers import ROOT, Server, free_port, running, serving, system_part, wait_for
-from .test_clients import publish, state
+from .proxies import AT_ONCE, replaced
+from .servers import ROOT, free_port, running, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
     from types import ModuleType
 
     from flask import Flask
-
-    from flask_eventstream import ServerSentEvent
 
     from .redis_server import RedisServer
 
 pytestmark = pytest.mark.beside
 
 README = (ROOT / "README.md").read_text("utf-8")
-NGINX = (DOCS / "nginx.conf").read_text("utf-8")
-READ_TIMEOUT = 1.0
-# Nothing here should take a second; it is what a held-back event is told by.
-AT_ONCE = 5.0
 
 
 # Sphinx
@@ -337,8 +325,7 @@ def page(name):
     return '''<pre id="who"></pre><pre id="said"></pre><script>
 const heard = [];
 {script}
-const note = (type) => on(type, (data) => heard.push(type + " " + data.member));
-["join", "leave"].forEach(note);
+for (const type of ["join", "leave"]) on(type, (data) => heard.push(`${{type}} ${{data.member}}`));
 </script>'''
 """
 
@@ -405,197 +392,3 @@ def answer_of(open_ones: ExitStack, port: int, path: str, **headers: str) -> HTT
     open_ones.enter_context(closing(connection))
     connection.request("GET", path, headers=headers)
     return open_ones.enter_context(connection.getresponse())
-
-
-# nginx
-
-
-class Reader:
-    """What a client receives of an event stream, as it comes."""
-
-    def __init__(self, answer: HTTPResponse) -> None:
-        self.headers = answer.headers
-        self._answer = answer
-        self._events: deque[ServerSentEvent] = deque()
-        self._parser = EventStreamParser()
-
-    def chunk(self) -> bytes:
-        return self._answer.read1()
-
-    def event(self) -> ServerSentEvent:
-        while not self._events:
-            chunk = self.chunk()
-            assert chunk, "the stream has ended"
-            self._events.extend(self._parser.feed(chunk))
-        return self._events.popleft()
-
-
-@contextmanager
-def reading(server: Server, timeout: float = AT_ONCE) -> Iterator[Reader]:
-    """Read the stream of a server; what does not come in time is an error (seconds)."""
-    with closing(HTTPConnection("127.0.0.1", server.port, timeout=timeout)) as connection:
-        connection.request("GET", "/stream", headers={"Accept-Encoding": "gzip"})
-        with connection.getresponse() as answer:
-            yield Reader(answer)
-
-
-def replaced(text: str, *pairs: tuple[str, str]) -> str:
-    for old, new in pairs:
-        assert old in text, f"docs/nginx.conf has no {old!r} any more"
-        text = text.replace(old, new)
-    return text
-
-
-@contextmanager
-def nginx(home: Path, app_port: int, *changes: tuple[str, str]) -> Iterator[Server]:
-    """Run nginx with the configuration of the docs: its ports, paths and one timeout replaced."""
-    port = free_port()
-    temporary = [f"{part}_temp_path {part};" for part in ("client_body", "proxy", "fastcgi")]
-    temporary += ["uwsgi_temp_path uwsgi;", "scgi_temp_path scgi;"]
-    config = replaced(
-        NGINX,
-        *changes,
-        ("http {", f"http {{ access_log off; {' '.join(temporary)}"),
-        ("listen 80;", f"listen 127.0.0.1:{port};"),
-        ("server 127.0.0.1:8000;", f"server 127.0.0.1:{app_port};"),
-        ("proxy_read_timeout 60s;", f"proxy_read_timeout {READ_TIMEOUT:.0f}s;"),
-    )
-    (home / "nginx.conf").write_text(config, "utf-8")
-    own = "daemon off; pid nginx.pid; error_log stderr;"
-    command = [system_part("nginx"), "-p", str(home), "-c", "nginx.conf", "-e", "stderr", "-g", own]
-    with running(command, port) as server:
-        yield server
-
-
-@contextmanager
-def app(heartbeat: float) -> Iterator[Server]:
-    with serving(
-        f"tests.apps:create_app({{'EVENTSTREAM_HEARTBEAT': {heartbeat}}})", "gevent"
-    ) as it:
-        wait_for(lambda: state(it), what="the worker to answer")
-        yield it
-
-
-def test_through_nginx_each_event_arrives_at_once(tmp_path: Path) -> None:
-    # No heartbeat pushes anything through: what arrives has come by itself.
-    with app(heartbeat=60) as server, nginx(tmp_path, server.port) as proxy:
-        start = time.monotonic()
-        with reading(proxy) as reader:
-            assert reader.chunk().startswith(b":\nretry: ")
-            for n in range(3):
-                id = publish(server, {"n": n})
-                event = reader.event()
-                assert (event.id, event.data) == (id, f'{{"n": {n}}}')
-        assert time.monotonic() - start < READ_TIMEOUT
-        assert "Content-Encoding" not in reader.headers
-
-
-def test_through_nginx_heartbeats_keep_a_silent_stream_open(tmp_path: Path) -> None:
-    with app(heartbeat=0.3) as server, nginx(tmp_path, server.port) as proxy:
-        with reading(proxy) as reader:
-            start = time.monotonic()
-            while time.monotonic() - start < 2.5 * READ_TIMEOUT:
-                assert reader.chunk(), "nginx has cut the stream"
-            publish(server, "still here")
-            assert reader.event().data == "still here"
-
-
-def test_nginx_cuts_a_stream_that_is_silent_for_longer_than_its_timeout(tmp_path: Path) -> None:
-    with app(heartbeat=60) as server, nginx(tmp_path, server.port) as proxy:
-        with reading(proxy) as reader:
-            assert reader.chunk()
-            with pytest.raises(IncompleteRead):
-                reader.chunk()
-
-
-def test_a_client_that_leaves_nginx_is_noticed_by_the_app(tmp_path: Path) -> None:
-    with app(heartbeat=0.3) as server, nginx(tmp_path, server.port) as proxy:
-        with reading(proxy) as reader:
-            assert reader.chunk()
-            assert state(server)["subscribers"] == 1
-        wait_for(lambda: state(server)["subscribers"] == 0, what="nobody to be subscribed")
-
-
-BEHIND_PROXY = """
-from werkzeug.middleware.proxy_fix import ProxyFix
-from tests.apps import create_app
-
-app = create_app({"EVENTSTREAM_MAX_SUBSCRIBERS_PER_ADDRESS": 1})
-app.wsgi_app = ProxyFix(app.wsgi_app)
-"""
-
-
-@pytest.mark.parametrize("is_set", [True, False])
-def test_behind_nginx_nobody_gives_himself_another_address(tmp_path: Path, is_set: bool) -> None:
-    (tmp_path / "behind_proxy.py").write_text(BEHIND_PROXY, "utf-8")
-    line = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
-    without = [] if is_set else [(line, "")]
-    path = f"--pythonpath={tmp_path}"
-    with serving("behind_proxy:app", "gthread", path) as server:
-        with nginx(tmp_path, server.port, *without) as proxy, ExitStack() as open_ones:
-            statuses = [
-                answer_of(open_ones, proxy.port, "/stream", **{"X-Forwarded-For": address}).status
-                for address in ("198.51.100.7", "198.51.100.8")
-            ]
-    assert statuses == [200, 429 if is_set else 200]
-
-
-def test_without_two_of_the_directives_nginx_would_hold_events_back(tmp_path: Path) -> None:
-    # Where the app's own X-Accel-Buffering does not arrive, and the site compresses everything.
-    site = "gzip on; gzip_types *; gzip_proxied any; proxy_ignore_headers X-Accel-Buffering; server"
-    compressing = ("server {", f"{site} {{")
-    without = [("proxy_buffering off;", ""), ("gzip off;", "")]
-    with app(heartbeat=60) as server:
-        with nginx(tmp_path, server.port, compressing) as proxy, reading(proxy) as reader:
-            assert reader.chunk().startswith(b":\nretry: ")
-        with nginx(tmp_path, server.port, compressing, *without) as proxy:
-            with pytest.raises(TimeoutError), reading(proxy, timeout=READ_TIMEOUT / 2) as reader:
-                reader.chunk()
-
-
-@pytest.mark.parametrize(
-    ("without", "asked"),
-    [
-        ([], b"HTTP/1.1, connection: "),
-        ([("proxy_http_version 1.1;", "proxy_http_version 1.0;")], b"HTTP/1.0, connection: "),
-        ([('proxy_set_header Connection "";', "")], b"HTTP/1.1, connection: close"),
-    ],
-)
-def test_nginx_asks_the_app_for_a_connection_that_stays(
-    tmp_path: Path, without: list[tuple[str, str]], asked: bytes
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as upstream:
-        upstream.settimeout(AT_ONCE)
-        with nginx(tmp_path, upstream.getsockname()[1], *without) as proxy:
-            client = socket.create_connection(("127.0.0.1", proxy.port), timeout=AT_ONCE)
-            client.sendall(b"GET /stream HTTP/1.1\r\nHost: test\r\n\r\n")
-            connection, _ = upstream.accept()
-            with client, connection:
-                request = connection.recv(4096)
-    version = request.partition(b"\r\n")[0].split()[-1]
-    found = re.search(rb"(?i)\r\nconnection: ?(\w*)", request)
-    assert version + b", connection: " + (found[1] if found else b"") == asked
-
-
-def children(server: Server) -> list[int]:
-    pid = server.process.pid
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-@pytest.mark.parametrize(
-    ("version", "is_told"), [("proxy_http_version 1.1;", True), ("proxy_http_version 1.0;", False)]
-)
-def test_a_browser_is_told_of_a_broken_stream_only_with_http_1_1(
-    tmp_path: Path, version: str, is_told: bool
-) -> None:
-    change = ("proxy_http_version 1.1;", version)
-    with app(heartbeat=60) as server, nginx(tmp_path, server.port, change) as proxy:
-        with reading(proxy) as reader:
-            assert reader.chunk()
-            [worker] = children(server)
-            os.kill(worker, signal.SIGKILL)
-            if is_told:
-                with pytest.raises(IncompleteRead):
-                    reader.chunk()
-            else:
-                assert reader.chunk() == b""

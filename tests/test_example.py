@@ -17,8 +17,8 @@ import pytest
 from playwright.sync_api import expect
 
 from example_app import create_app, streams
+from example_app.catalog import EXAMPLES
 from example_app.model import answer
-from example_app.pages import EXAMPLES
 
 from .browser import chromium
 from .servers import ROOT, Server, free_port, gunicorn, running, serving, system_part, wait_for
@@ -75,7 +75,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
-    context = browser.new_context(viewport={"width": 375, "height": 700})
+    context = browser.new_context(viewport={"width": 360, "height": 700})
     context.set_default_timeout(10_000)
     yield context
     context.close()
@@ -131,13 +131,13 @@ def test_a_page_is_html_that_loads_only_from_its_own_origin(client: FlaskClient,
 def test_a_page_fits_a_phone(open_page: OpenPage, path: str) -> None:
     page = open_page(path)
     expect(page.locator("h1")).to_be_visible()
-    assert width(page) <= 375
+    assert width(page) <= 360
 
 
 def test_the_index_links_to_every_page(open_page: OpenPage) -> None:
     page = open_page("/")
     for example in EXAMPLES:
-        page.locator(".card", has_text=example.title).click()
+        page.locator(f".card[href='/{example.name}']").click()
         expect(page.locator("h1")).to_have_text(example.title)
         page.locator(".brand").click()
 
@@ -394,7 +394,7 @@ def test_a_long_word_does_not_widen_the_page(open_page: OpenPage) -> None:
     page.fill("#message", "x" * 500)
     page.click("#send")
     expect(page.locator("#messages li")).to_have_count(1)
-    assert width(page) <= 375
+    assert width(page) <= 360
 
 
 def test_a_subscriber_is_open_before_any_event(open_page: OpenPage) -> None:

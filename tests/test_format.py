@@ -14,7 +14,7 @@ from flask_eventstream.format import StreamFormat, stream_format
 dumps = partial(json.dumps, allow_nan=False)
 
 
-@pytest.fixture(params=["sse", "openai"])
+@pytest.fixture(params=["sse", "openai", "ai-sdk"])
 def encoder(request: pytest.FixtureRequest) -> StreamFormat:
     return stream_format(request.param, dumps, max_bytes=40)
 
@@ -67,8 +67,18 @@ def test_openais_end_and_error_are_openais() -> None:
     assert (error.type, error.id) == ("message", None)
 
 
+def test_the_end_and_the_errors_of_the_ai_sdk_are_parts_of_its_protocol() -> None:
+    encoder = stream_format("ai-sdk", dumps, 1000)
+    assert encoder.end() == b"data: [DONE]\n\n"
+    for wire in (encoder.error("why"), encoder.last("cancelled", "why").encode()):
+        [error] = EventStreamParser().feed(wire)
+        assert json.loads(error.data) == {"type": "error", "errorText": "why"}
+        assert (error.type, error.id) == ("message", None)
+    assert b'"errorText": "The server stops.' in encoder.stopped(b"retry: 1\n")
+
+
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="'sse' or 'openai'"):
+    with pytest.raises(ConfigurationError, match="'sse', 'openai' or 'ai-sdk'"):
         stream_format("xml", dumps, 1)
 
 

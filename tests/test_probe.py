@@ -9,8 +9,8 @@ from flask_eventstream import probe
 from flask_eventstream.probe import check_stream, margin
 
 from .canned import END, HEAD, STREAM, answered, canned, chunked
-from .test_docs import app as served_app
-from .test_docs import nginx
+from .proxies import app as served_app
+from .proxies import nginx
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flask_eventstream import redis_members, redis_presence
+from flask_eventstream import concurrency, redis_members, redis_presence
 from flask_eventstream.errors import BrokerUnavailableError
 from flask_eventstream.redis_broker import RedisBroker
 
@@ -207,6 +207,27 @@ def test_a_server_that_has_lost_everything_is_told_again(own_redis: RedisServer)
         wait_for(lambda: members.present("room") == (1, ["ada"]))
         stay.leave(0)
         wait_for(lambda: members.present("room") == (0, []))
+
+
+def test_nobody_looks_without_a_thread_and_nobody_once_it_is_closed(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = make().members
+    assert isinstance(members, redis_members.RedisMembers)
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(concurrency, "spawn", refuse)
+    members.sweep()
+    assert members._keeper._bell is None
+    monkeypatch.undo()
+    stay = members.enter("room", "ada")
+    members.close()
+    wait_for(lambda: members._keeper._bell is None)
+    members.sweep()
+    assert members._keeper._bell is None
+    stay.leave()
 
 
 def test_a_server_that_refuses_says_so_at_once(own_redis: RedisServer) -> None:

@@ -1,7 +1,9 @@
-/** Yield the events of a fetch response's body (WHATWG HTML, section 9.2.6). */
-export async function* readEvents(body) {
+/** Yield the events of a fetch response's body (WHATWG HTML, section 9.2.6). Each line is shown
+    to onLine first: comments, which are no events, are seen there. */
+export async function* readEvents(body, onLine = () => {}) {
   let data = [], type = "", lastEventId = "", retry = null;
   for await (const line of readLines(body)) {
+    onLine(line);
     // "field: value", where the colon, one space and the value may be missing.
     const [, field, value] = /^([^:]*):? ?(.*)$/s.exec(line);
     if (line === "") {
