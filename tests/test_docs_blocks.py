@@ -26,6 +26,7 @@ from flask_eventstream.cli import commands as cli_commands
 from .blocks import Block, Shell, block, blocks, pages, typed
 from .browser import chromium
 from .docs_run_by import RUN_BY
+from .npm import CLIENTS
 from .redis_server import RedisServer
 from .servers import (
     DEADLINE,
@@ -37,7 +38,6 @@ from .servers import (
     system_part,
     wait_for,
 )
-from .test_clients import CLIENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -383,7 +383,12 @@ def test_the_programs_publish_to_the_app_with_its_setting(redis: RedisServer) ->
         exec(publish, names)
         exec(publish_many, names)
         names["broker"].close()
-        events = EventStreamParser().feed(b"".join(subscription.take(5) for _ in range(3)))
+        parser = EventStreamParser()
+        events: list[ServerSentEvent] = []
+        while len(events) < 3:
+            wire = subscription.take(DEADLINE)
+            assert wire, events
+            events += parser.feed(wire)
     assert [(it.type, it.data) for it in events] == [
         ("progress", '{"done": 40}'), ("message", '{"line": "a"}'), ("message", '{"line": "b"}')
     ]  # fmt: skip

@@ -40,10 +40,10 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
-def pasted(home: Path, *options: str, **environ: str) -> Any:
+def pasted(home: Path, worker_class: str = "gthread", *options: str, **environ: str) -> Any:
     """Serve the app of a folder with gunicorn."""
     path = f"--pythonpath={home}"
-    return serving("app:app", "gevent", path, *options, environ=environ)
+    return serving("app:app", worker_class, path, "--threads=8", *options, environ=environ)
 
 
 def asking(page: Page, url: str, prompt: str = "Why?") -> Page:
@@ -74,7 +74,7 @@ def test_the_typewriter_writes_word_by_word_and_does_not_ask_again(
     browser: Browser, tmp_path: Path
 ) -> None:
     write_files(TYPEWRITER, tmp_path, "model.py", "app.py", "static/index.html")
-    with pasted(tmp_path) as server, browser.new_page() as page:
+    with pasted(tmp_path, "gevent") as server, browser.new_page() as page:
         page.add_init_script(WATCHED)
         asking(page, server.url)
         page.wait_for_function(f"{TEXT} === {ANSWER!r}")
@@ -194,7 +194,7 @@ def test_a_script_a_command_and_a_task_publish_to_two_workers(
     write_files(NOTIFICATIONS, tmp_path)
     environ = {"FLASK_EVENTSTREAM_BROKER_URL": redis.url}
     shell = Shell(tmp_path, **environ)
-    with pasted(tmp_path, "--workers=2", **environ) as server:
+    with pasted(tmp_path, "gevent", "--workers=2", **environ) as server:
         page = logged_in(browser, server.url, "Ada")
         with shell.typing(typed(NOTIFICATIONS, "celery -A")) as celery:
             shell.type(typed(NOTIFICATIONS, "backup.py"))
