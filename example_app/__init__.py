@@ -18,7 +18,7 @@ from werkzeug.exceptions import HTTPException
 
 from flask_eventstream import eventstream
 
-from . import binary, inspector, log, notifications, progress
+from . import binary, chat_room, game, inspector, log, notifications, progress, ticker
 from .chat_api import api, in_json
 from .pages import pages
 from .streams import examples, messages
@@ -38,6 +38,9 @@ PACE = {
     "FRAME_SECONDS": 1 / 15,
     "PULSE_SECONDS": 0.5,
     "RIGHT_SECONDS": 600,
+    "TICK_SECONDS": 0.2,
+    "REST_SECONDS": 5.0,
+    "DOT_SECONDS": 3.0,
 }
 """The pauses of the streams, in seconds; tests make them shorter."""
 
@@ -47,6 +50,9 @@ GALLERY = (
     progress.progress,
     binary.binary,
     inspector.inspector,
+    ticker.ticker,
+    game.game,
+    chat_room.chat_room,
 )
 """The blueprints of what people build."""
 

@@ -107,6 +107,23 @@ GROUPS = (
                 "Everything that comes over the wire: events, comments, bytes, latency. Cut the "
                 "connection and see what happens.",
             ),
+            Example(
+                "ticker",
+                "Ticker",
+                "All prices first, then each that changes. Who reads slowly gets only the newest.",
+            ),
+            Example(
+                "game",
+                "Game",
+                "Everybody's cursor on one field, and a dot to catch. The server remembers "
+                "nothing.",
+            ),
+            Example(
+                "chat-room",
+                "Chat room",
+                "Who is here, who comes and who goes, and what was said before. A reload is no "
+                "farewell.",
+            ),
         ),
     ),
 )

@@ -11,7 +11,18 @@ from flask import Blueprint, render_template, request
 
 from flask_eventstream import eventstream
 
-from . import binary, chat_api, inspector, log, notifications, progress, streams
+from . import (
+    binary,
+    chat_api,
+    chat_room,
+    game,
+    inspector,
+    log,
+    notifications,
+    progress,
+    streams,
+    ticker,
+)
 from .catalog import EXAMPLES, GROUPS
 from .job import Job, run_alone
 
@@ -137,6 +148,51 @@ def frames() -> str:
 def inspect_stream() -> str:
     functions = [inspector.pulse, inspector.now]
     return _page("inspector", functions, streams=inspector.STREAMS)
+
+
+@pages.get("/ticker")
+def prices() -> str:
+    functions: list[Callable[..., Any]] = [
+        ticker.prices,
+        ticker.heavy,
+        ticker.all_prices,
+        ticker.publish_trades,
+        ticker.publish_trade,
+        ticker.Feeder,
+        ticker.is_watched,
+        ticker.feed,
+        ticker.has_turn,
+        ticker.latest_trade,
+        ticker.price,
+    ]
+    return _page("ticker", functions, **ticker.for_page())
+
+
+@pages.get("/game")
+def field() -> str:
+    functions: list[Callable[..., Any]] = [
+        game.events,
+        game.move,
+        game.leave,
+        game.touches,
+        game.place_of,
+        game.player,
+    ]
+    return _page("game", functions, **game.for_page())
+
+
+@pages.get("/chat-room")
+def enter_room() -> str:
+    functions: list[Callable[..., Any]] = [
+        chat_room.events,
+        chat_room.say,
+        chat_room.change_name,
+        chat_room.my_name,
+        chat_room.channel,
+        chat_room.for_page,
+    ]
+    room = request.args.get("room", chat_room.ROOMS[0])
+    return _page("chat-room", functions, **chat_room.for_page(room))
 
 
 def _page(name: str, functions: list[Callable[..., Any]], **values: Any) -> str:
