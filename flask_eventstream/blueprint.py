@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flask import current_app, request
@@ -21,9 +22,15 @@ from .state import app_in_use, current_state, new_state
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from flask import Response
     from flask.blueprints import BlueprintSetupState
 
     View = TypeVar("View", bound=Callable[..., Any])
+
+SCRIPTS = ("eventstream.js", "eventsource-parser.js")
+"""The modules that every blueprint serves, for ``import`` in a page."""
+
+_STATIC = Path(__file__).parent / "static"
 
 
 class EventStream(Rights):
@@ -36,7 +43,8 @@ class EventStream(Rights):
     :param options: what else a :class:`flask.Blueprint` takes.
 
     Its own route, ``GET /stream?channel=news&channel=sport``, streams channels that
-    :meth:`authorize` opens; without it, only the default channel, ``"sse"``.
+    :meth:`authorize` opens; without it, only the default channel, ``"sse"``. Beside it is
+    ``/stream/eventstream.js``, a module for pages.
 
     All blueprints of an app share the app's broker and configuration. The configuration is read
     when the first of them is registered; a value that cannot be used is a
@@ -49,6 +57,8 @@ class EventStream(Rights):
         super().__init__(name, import_name, url_prefix=url_prefix, **options)
         self.record(self._install)
         self.add_url_rule("", "channels", self._channels)
+        for name in SCRIPTS:
+            self.add_url_rule(f"/{name}", "script", self._script, defaults={"name": name})
 
     def publish(
         self,
@@ -270,6 +280,16 @@ class EventStream(Rights):
         names = access.requested_channels(state.config.max_channels, signed_for)
         access.check_may_read([name for name in names if name not in signed_for], judges)
         return self.subscribe(*names)
+
+    def _script(self, name: str) -> Response:
+        source = (_STATIC / name).read_bytes()
+        response = current_app.response_class(source, mimetype="text/javascript")
+        # Asked for anew each time: the two modules need each other, and this version of the server.
+        # Their tag is of what they are, and so the same on all machines.
+        response.cache_control.no_cache = True
+        response.add_etag()
+        response.make_conditional(request)
+        return response
 
     def _install(self, setup: BlueprintSetupState) -> None:
         extensions = setup.app.extensions

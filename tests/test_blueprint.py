@@ -5,10 +5,11 @@ import gc
 import json
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from flask import Blueprint, Flask, abort, redirect, request
+from flask import Blueprint, Flask, abort, redirect, request, url_for
 from werkzeug.exceptions import ServiceUnavailable
 
 import flask_eventstream
@@ -556,3 +557,44 @@ def test_a_broker_that_is_away_is_503_without_its_secrets(
     assert answer.json["status"] == "unavailable"
     assert answer.json["reason"].startswith(own_redis.url)
     assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize("name", ["eventstream.js", "eventsource-parser.js"])
+def test_a_module_for_pages_is_beside_the_channels_and_asked_for_anew(
+    client: FlaskClient, name: str
+) -> None:
+    with client.get(f"/stream/{name}") as answer:
+        assert (
+            answer.data == (Path(flask_eventstream.__file__).parent / "static" / name).read_bytes()
+        )
+        assert answer.content_type == "text/javascript; charset=utf-8"
+        assert "no-cache" in answer.headers["Cache-Control"]
+    again = client.get(f"/stream/{name}", headers={"If-None-Match": answer.headers["ETag"]})
+    assert again.status_code == 304
+
+
+def test_the_modules_stay_where_they_are_among_the_files_and_views_of_the_app(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "eventstream.js").write_text("another")
+    eventstream = EventStream(
+        "news",
+        __name__,
+        url_prefix="/news",
+        static_folder=str(tmp_path),
+        static_url_path="/static",
+    )
+    eventstream.authorize(lambda channel: abort(401))
+    eventstream.stream("/<name>")(lambda name: iter([name]))
+    app = Flask(__name__)
+    app.register_blueprint(eventstream)
+    client = app.test_client()
+    with app.test_request_context():
+        url = url_for("news.script", name="eventstream.js")
+    for path, part in (
+        (url, "class EventStream"),
+        ("/news/static/eventstream.js", "another"),
+        ("/news/other.js", "data: other.js"),
+    ):
+        with client.get(path) as answer:
+            assert part in answer.get_data(as_text=True), path

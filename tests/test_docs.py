@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
 import sys
+import zlib
 from contextlib import ExitStack, closing
 from dataclasses import fields
 from http.client import HTTPConnection, HTTPResponse
@@ -15,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import flask_eventstream
-from flask_eventstream import errors, signals
+from flask_eventstream import errors, signals, testing
 from flask_eventstream.config import Config
 from flask_eventstream.redis_broker import RedisBroker
 from flask_eventstream.testing import client_stream
 
+from .blocks import DOCS, blocks, pages
 from .browser import chromium
 from .proxies import AT_ONCE, replaced
 from .servers import ROOT, free_port, running, serving
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import ModuleType
 
     from flask import Flask
 
@@ -33,22 +37,100 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.beside
 
-DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text("utf-8")
 
 
 # Sphinx
 
 
-@pytest.mark.parametrize("builder", ["html", "doctest"])
-def test_the_docs_build_without_warnings_and_their_examples_run(
-    builder: str, tmp_path: Path
-) -> None:
+def built(builder: str, home: Path) -> Path:
+    """Build the documentation; anything that Sphinx says is an error."""
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-E", "-q", "-b", builder]
-    options = ["-d", str(tmp_path / "doctrees"), str(DOCS), str(tmp_path / builder)]
-    built = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    assert built.stderr == ""
+    options = ["-d", str(home / "doctrees"), str(DOCS), str(home / builder)]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return home / builder
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built("html", tmp_path_factory.mktemp("html"))
+
+
+def test_the_docs_build_without_warnings(html: Path) -> None:
+    assert (html / "index.html").exists()
+
+
+def test_the_examples_of_the_docs_run(tmp_path: Path) -> None:
+    built("doctest", tmp_path)
+
+
+def described(html: Path) -> set[str]:
+    """Return the full names that the built API describes, by Sphinx's inventory."""
+    inventory = (html / "objects.inv").read_bytes().split(b"\n", 4)[-1]
+    lines = zlib.decompress(inventory).decode().splitlines()
+    return {line.split()[0] for line in lines if " py:" in line}
+
+
+def test_whatever_is_public_is_in_the_built_api(html: Path) -> None:
+    public = {f"flask_eventstream.{name}" for name in flask_eventstream.__all__}
+    for name in flask_eventstream.__all__:
+        owner = getattr(flask_eventstream, name)
+        if inspect.isclass(owner):
+            public |= {f"flask_eventstream.{name}.{it}" for it in own_methods(owner)}
+    for room in (errors, testing):
+        public |= {f"{room.__name__}.{it}" for it in vars(room) if is_own(room, it)}
+    missing = public - described(html) - INSIDE - {"flask_eventstream.EventStreamError"}
+    assert not missing, f"docs/api.rst does not describe {sorted(missing)}"
+
+
+def own_methods(owner: type) -> list[str]:
+    """Return the public methods with a docstring that no base class has."""
+    inherited = {name for base in owner.__bases__ for name in dir(base)}
+    own = [name for name, it in vars(owner).items() if inspect.getdoc(it) and name[0] != "_"]
+    return [name for name in own if callable(getattr(owner, name)) and name not in inherited]
+
+
+def is_own(room: ModuleType, name: str) -> bool:
+    """Return whether a public name with a docstring was made in a room."""
+    value = getattr(room, name)
+    is_there = name[0] != "_" and getattr(value, "__module__", "") == room.__name__
+    return is_there and bool(getattr(value, "__doc__", ""))
+
+
+def test_whatever_readers_are_told_to_import_is_in_the_built_api(html: Path) -> None:
+    names, imports = described(html), r"^ *from (flask_eventstream[\w.]*) import (?:\(\n)?([\w, ]+)"
+    for page in pages():
+        shown = "".join(it.text for it in blocks(page) if "hide" not in it.options)
+        for room, imported in re.findall(imports, shown, re.MULTILINE):
+            told = [f"{room}.{name.strip()}" for name in imported.split(",") if name.strip()]
+            missing = [name for name in told if name not in names | IN_WORDS]
+            assert not missing, f"{page} imports what docs/api.rst does not describe: {missing}"
+
+
+# The package's own rooms call these.
+INSIDE = {
+    "flask_eventstream.EventStreamResponse.end",
+    "flask_eventstream.MemoryBroker.end_log",
+    "flask_eventstream.MemoryBroker.forget_log",
+    "flask_eventstream.MemoryBroker.write_log",
+}
+# Described in the text of the module that they are in, which the API shows.
+IN_WORDS = {
+    "flask_eventstream.metrics",
+    "flask_eventstream.signals.event_published",
+    "flask_eventstream.signals.subscriber_connected",
+    "flask_eventstream.signals.subscriber_disconnected",
+}
+
+
+def test_the_numbers_of_the_comparison_are_those_of_the_figures() -> None:
+    comparison = (DOCS / "comparison.rst").read_text("utf-8")
+    figures = (DOCS / "figures.rst").read_text("utf-8")
+    numbers = set(re.findall(r"\b[\d.]+(?= (?:KB|us|to [\d.]+ (?:KB|us))\b)", comparison))
+    assert len(numbers) > 10
+    assert not {number for number in numbers if f" {number} " not in figures}
 
 
 def test_every_key_of_the_configuration_is_documented_with_its_default() -> None:
