@@ -15,6 +15,13 @@ RUN_BY = {
         "Hello!": "test_docs::test_the_page_of_the_readme_prints_what_the_readme_says",
         "from flask_eventstream import EventStreamResponse": "test_docs::test_the_generator_of_the_readme_streams_its_items",
     },
+    "browser.rst": {
+        "import { EventStream }": "test_eventstream_js::test_the_first_page_of_the_docs_shows_what_is_published_and_what_goes_wrong",
+        "stream.onerror": "test_eventstream_js::test_the_first_page_of_the_docs_shows_what_is_published_and_what_goes_wrong",
+        'const stream = new EventStream("/stream?channel=news", {': "test_eventstream_js::test_the_page_of_the_docs_with_a_token_reads_by_it",
+        "function ask": "test_eventstream_js::test_the_page_of_the_docs_writes_what_the_model_says",
+        'const stream = new EventStream("/stream?channel=news", { shared': "test_eventstream_js::test_the_pages_of_the_docs_share_a_connection_and_their_list",
+    },
     "channels.rst": {
         "let cursor": "test_docs::test_the_page_with_a_token_goes_on_with_a_new_one_where_it_was",
         "source.addEventListener": "test_docs_blocks::test_a_page_takes_a_reset_for_a_new_beginning",

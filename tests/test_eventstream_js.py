@@ -773,10 +773,6 @@ def test_the_pages_of_the_docs_share_a_connection_and_their_list(stage: Stage) -
     assert len(stage.asked()) == 1
 
 
-def test_every_block_of_the_docs_is_run() -> None:
-    assert len(BLOCKS) == 5
-
-
 # The last one: the server is another one then
 
 
