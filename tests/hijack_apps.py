@@ -121,9 +121,9 @@ def count(app: Flask) -> None:
         hub.add = partial(count_and_add, counts, hub.add)
 
 
-def count_and_add(counts: Counter[str], add: Callable[[Any], None], subscriber: Any) -> None:
+def count_and_add(counts: Counter[str], add: Callable[..., None], *arguments: Any) -> None:
     counts["hijacked"] += 1
-    add(subscriber)
+    add(*arguments)
 
 
 def create_app(**config: Any) -> Flask:
