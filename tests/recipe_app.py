@@ -107,7 +107,8 @@ def raw() -> Response:
     return Response(request.args["wire"], mimetype="text/event-stream")
 
 
-def finished() -> Response:
+def finished(client: str) -> Response:
+    """Send one event and the end; a path for each client, since some ask on for ever."""
     return EventStreamResponse([ServerSentEvent("once", retry=50)])
 
 
@@ -131,7 +132,7 @@ app.view_functions["static"] = library
 app.before_request(log.enter)
 app.after_request(with_imports)
 app.add_url_rule("/page/blank", "blank", lambda: "<body></body>")
-app.add_url_rule("/finished", view_func=finished)
+app.add_url_rule("/finished/<client>", view_func=finished)
 app.add_url_rule("/still/<name>", view_func=still)
 app.add_url_rule("/log", view_func=told)
 app.add_url_rule("/forget", view_func=forget, methods=["POST"])

@@ -333,10 +333,10 @@ def test_fetch_event_source_would_ask_again_and_again_after_a_204(
         """async () => {
             const { fetchEventSource } = await import("/static/fetch-event-source.js");
             const headers = { "last-event-id": "end" };
-            fetchEventSource("/finished", { headers, onerror: () => 1 });
+            fetchEventSource("/finished/fetch", { headers, onerror: () => 1 });
         }"""
     )
-    wait_for(lambda: site.requests("/finished")[2:])
+    wait_for(lambda: site.requests("/finished/fetch")[2:])
 
 
 def test_fetch_event_source_asks_twice_when_its_tab_is_shown_unless_told_not_to(
@@ -407,9 +407,9 @@ def test_the_polyfill_notices_silence_and_takes_heartbeats_for_life(
 
 def test_the_polyfill_stops_at_a_204(site: Site, open_page: Open) -> None:
     page = open_blank(open_page, "event-source-polyfill.js")
-    page.evaluate("void (window.source = new EventSourcePolyfill('/finished'))")
+    page.evaluate("void (window.source = new EventSourcePolyfill('/finished/polyfill'))")
     page.wait_for_function("source.readyState == 2")
-    assert [one["query"] for one in site.requests("/finished")] == [None, "end"]
+    assert [one["query"] for one in site.requests("/finished/polyfill")] == [None, "end"]
 
 
 # htmx
@@ -423,11 +423,11 @@ def test_htmx_2_starts_a_view_again_that_has_ended_unless_it_closes(
         """() => {
             htmx.createEventSource = (url) => new EventSource(url);
             document.body.insertAdjacentHTML("beforeend",
-                '<p hx-ext="sse" sse-connect="/finished" sse-swap="message"></p>');
+                '<p hx-ext="sse" sse-connect="/finished/htmx2" sse-swap="message"></p>');
             htmx.process(document.body);
         }"""
     )
-    asked = wait_for(lambda: site.requests("/finished")[2:])
+    asked = wait_for(lambda: site.requests("/finished/htmx2")[2:])
     assert asked[0]["header"] is None
 
 
@@ -447,17 +447,19 @@ def test_htmx_4_asks_again_after_a_204_unless_it_is_kept_from_it(
     page = open_page("htmx4")
     without_handler = "hx-on:htmx:sse:before:connection='event.stopPropagation()'"
     headers = """hx-headers='{"Authorization": "Bearer secret"}'"""
-    add_to_htmx_4(page, f"hx-sse:connect='/finished' {headers} {without_handler}")
-    asked = wait_for(lambda: site.requests("/finished")[3:])
+    add_to_htmx_4(page, f"hx-sse:connect='/finished/htmx4' {headers} {without_handler}")
+    asked = wait_for(lambda: site.requests("/finished/htmx4")[3:])
     assert {one["header"] for one in asked} == {"end"}
     assert asked[0]["authorization"] == "Bearer secret"
 
 
 def test_htmx_4_stops_at_a_204_with_the_handler_of_the_recipe(site: Site, open_page: Open) -> None:
     page = open_page("htmx4")
-    add_to_htmx_4(page, "hx-sse:connect='/finished' hx-on:htmx:sse:close='window.hasEnded = true'")
+    add_to_htmx_4(
+        page, "hx-sse:connect='/finished/handler' hx-on:htmx:sse:close='window.hasEnded = true'"
+    )
     page.wait_for_function("window.hasEnded")
-    assert len(site.requests("/finished")) == 2
+    assert len(site.requests("/finished/handler")) == 2
 
 
 def test_htmx_4_gives_up_when_its_first_request_fails(site: Site, open_page: Open) -> None:
@@ -527,9 +529,9 @@ def test_datastar_posts_with_headers(site: Site, open_page: Open) -> None:
 
 def test_datastar_stops_at_a_204(site: Site, open_page: Open) -> None:
     page = open_blank(open_page, "datastar.js")
-    ask_with_datastar(page, "@get('/finished', {retry: 'always'})")
+    ask_with_datastar(page, "@get('/finished/datastar', {retry: 'always'})")
     page.wait_for_function("told.includes('finished')")
-    asked = site.requests("/finished")
+    asked = site.requests("/finished/datastar")
     assert [one["header"] for one in asked] == [None, "end"]
 
 
@@ -719,4 +721,4 @@ def test_the_page_names_the_versions_that_are_tested(site: Site) -> None:
             (CLIENTS / "node_modules" / name / "package.json").read_text("utf-8")
         )
         assert installed["version"] == version.rpartition("@")[2]
-        assert f"|{name}|" in PAGE or name in ("openai", "zod")
+        assert f"|{name}|" in PAGE or name in ("eventsource-parser", "openai", "zod")
