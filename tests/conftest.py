@@ -9,6 +9,7 @@ from flask import Flask
 
 from flask_eventstream import EventStream
 
+from .browser import Visitor, chromium
 from .redis_server import RedisServer, redis_server, valkey_program
 from .servers import ROOT
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from flask.testing import FlaskClient
+    from playwright.sync_api import Browser
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the servers of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -78,3 +80,24 @@ def app(make_app: Callable[..., Flask]) -> Flask:
 @pytest.fixture
 def client(app: Flask) -> FlaskClient:
     return app.test_client()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def new_visitor(browser: Browser) -> Iterator[Callable[[], Visitor]]:
+    """Return what makes a visitor; none of their pages may have reported an error in the end."""
+    visitors: list[Visitor] = []
+
+    def new() -> Visitor:
+        visitors.append(Visitor(browser))
+        return visitors[-1]
+
+    yield new
+    for visitor in visitors:
+        visitor.context.close()
+        assert visitor.problems == []

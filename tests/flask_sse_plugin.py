@@ -8,10 +8,12 @@ import pytest
 
 from flask_eventstream import flask_sse
 
-sys.modules["flask_sse"] = flask_sse
 
-# They call a fixture by it, and pytest 10 will not have it any more.
-vars(pytest).setdefault("yield_fixture", pytest.fixture)
+def pytest_configure() -> None:
+    # Not when it is imported: who looks for doctests imports every module of the tests.
+    sys.modules["flask_sse"] = flask_sse
+    # They call a fixture by it, and pytest 10 will not have it any more.
+    vars(pytest).setdefault("yield_fixture", pytest.fixture)
 
 
 def pytest_report_header() -> str:

@@ -18,7 +18,6 @@ from playwright.sync_api import expect
 from example_app import create_app
 from example_app.model import TOKENS_BEFORE_FAILURE, answer, tokens
 
-from .browser import chromium
 from .servers import ROOT, Server, serving, skip_unless_ci, system_part
 
 if TYPE_CHECKING:
@@ -64,12 +63,6 @@ def server(slow_server: Server) -> Iterator[Server]:
         # The broken model breaks, and nothing else does.
         errors = re.findall(r"^\S*(?:Error|Exception)\b", server.log(), re.M)
         assert set(errors) <= {"RuntimeError"}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from playwright.sync_api import Error
 
 import flask_eventstream
 
-from .browser import chromium
 from .servers import ROOT, Server, serving, skip_unless_ci, wait_for
 
 if TYPE_CHECKING:
@@ -122,12 +121,6 @@ HOLDS_LOCK = """navigator.locks.request("me " + Math.random(), async (me) => {
 def server() -> Iterator[Server]:
     with serving("tests.browser_app:create_app()", "gthread", "--threads=40") as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

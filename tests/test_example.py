@@ -20,7 +20,6 @@ from example_app import create_app, streams
 from example_app.catalog import EXAMPLES
 from example_app.model import answer
 
-from .browser import chromium
 from .servers import ROOT, Server, free_port, gunicorn, running, serving, system_part, wait_for
 
 if TYPE_CHECKING:
@@ -65,12 +64,6 @@ def server() -> Iterator[Server]:
     with serving(APP, "gevent") as server:
         yield server
         assert server.log() == ""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

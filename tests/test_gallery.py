@@ -17,7 +17,7 @@ from example_app.catalog import GROUPS
 from example_app.inspector import STREAMS
 from example_app.job import PARTS, primes_in
 
-from .browser import chromium
+from .browser import PHONE, Visitor, number_in, reaches
 from .servers import ROOT, Server, free_port, gunicorn, running, serving, system_part, wait_for
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from flask import Flask
     from flask.testing import FlaskClient
-    from playwright.sync_api import Browser, BrowserContext, Page
+    from playwright.sync_api import Browser, Page
 
     from flask_eventstream.testing import ClientStream
 
@@ -45,7 +45,6 @@ PACE = {
     "NUMBER_SECONDS": 0.001,
     "EVENTSTREAM_RETRY": 200,
 }
-PHONE = {"width": 360, "height": 780}
 
 expect.set_options(timeout=20_000)
 
@@ -83,49 +82,6 @@ def two_processes(folder: Path) -> Iterator[Server]:
         assert server.log() == ""
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-class Visitor:
-    """A browser's profile, none of whose pages may report an error."""
-
-    def __init__(self, browser: Browser) -> None:
-        self.context: BrowserContext = browser.new_context(viewport=PHONE)  # type: ignore[arg-type]
-        self.context.set_default_timeout(20_000)
-        self.problems: list[str] = []
-        self.context.on("console", lambda one: self.problems.append(f"{one.type}: {one.text}"))
-        self.context.on("weberror", lambda error: self.problems.append(str(error.error)))
-
-    def opens(self, server: Server, path: str) -> Page:
-        page = self.context.new_page()
-        page.goto(server.url + path)
-        return page
-
-    def logs_in(self, server: Server, name: str) -> Page:
-        page = self.opens(server, "/notifications")
-        page.fill("#name", name)
-        page.click("#log-in")
-        expect(page.locator("#state")).to_have_text("online")
-        return page
-
-
-@pytest.fixture
-def new_visitor(browser: Browser) -> Iterator[Callable[[], Visitor]]:
-    visitors: list[Visitor] = []
-
-    def new() -> Visitor:
-        visitors.append(Visitor(browser))
-        return visitors[-1]
-
-    yield new
-    for visitor in visitors:
-        visitor.context.close()
-        assert visitor.problems == []
-
-
 @pytest.fixture
 def visitor(new_visitor: Callable[[], Visitor]) -> Visitor:
     return new_visitor()
@@ -134,14 +90,6 @@ def visitor(new_visitor: Callable[[], Visitor]) -> Visitor:
 @pytest.fixture
 def app(tmp_path: Path) -> Flask:
     return create_app({"TESTING": True, **PACE, "LOG_FILE": str(tmp_path / "own.log")})
-
-
-def number_in(page: Page, selector: str) -> int:
-    return int(re.sub(r"\D", "", page.locator(selector).text_content() or "") or 0)
-
-
-def reaches(page: Page, selector: str, least: int) -> None:
-    wait_for(lambda: number_in(page, selector) >= least, what=f"{selector} to reach {least}")
 
 
 # The menu

@@ -21,16 +21,15 @@ from example_app import create_app
 from example_app.game import WIDTH, place_of, touches
 from example_app.ticker import POINTS, SYMBOLS, has_turn, price
 
-from .browser import chromium
+from .browser import Visitor, reaches
 from .servers import serving, wait_for
-from .test_gallery import Visitor, reaches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from flask import Flask
     from flask.testing import FlaskClient
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Page
 
     from flask_eventstream.testing import ClientStream
 
@@ -67,26 +66,6 @@ def two_processes(redis: RedisServer) -> Iterator[Server]:
     environ = {"REDIS_URL": redis.url, "SECRET_KEY": SECRET}
     with serving(app, "gevent", "--workers=2", environ=environ) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def new_visitor(browser: Browser) -> Iterator[NewVisitor]:
-    visitors: list[Visitor] = []
-
-    def new() -> Visitor:
-        visitors.append(Visitor(browser))
-        return visitors[-1]
-
-    yield new
-    for visitor in visitors:
-        visitor.context.close()
-        assert visitor.problems == []
 
 
 @pytest.fixture

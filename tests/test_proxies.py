@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .browser import chromium
 from .canned import canned
 from .proxies import AT_ONCE, KINDS, TIMEOUT, app, connection_to, nginx, proxy, reading
 from .servers import Server, serving, wait_for
@@ -42,12 +41,6 @@ def quiet() -> Iterator[Server]:
 def beating() -> Iterator[Server]:
     with app(heartbeat=0.3) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 def subscribers(server: Server) -> int:
