@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Open = Callable[[str], Page]
 
-pytestmark = pytest.mark.beside
+pytestmark = pytest.mark.in_browser
 
 RECIPES = ROOT / "docs" / "recipes"
 PAGE = (ROOT / "docs" / "clients.rst").read_text("utf-8")
