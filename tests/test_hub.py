@@ -281,17 +281,17 @@ def test_one_that_takes_nothing_for_too_long_is_cut_off(make: Callable[..., Crow
 
 
 def test_one_that_takes_a_little_all_the_time_is_not_cut_off(make: Callable[..., Crowd]) -> None:
-    crowd = make(max_lag=0.3, heartbeat=1)
+    crowd = make(max_lag=1, heartbeat=1)
     client = crowd.join(receive_buffer=4096)
-    crowd.broker.publish("x" * 700_000)
+    crowd.broker.publish("x" * 1_000_000)
     crowd.broker.publish("last")
-    end = time.monotonic() + 0.8
+    end = time.monotonic() + 2.2
     received = b""
     while time.monotonic() < end:
         received += client.recv(2000)
         threading.Event().wait(0.005)
     received += read_until(client, b"last\n\n")
-    assert data(received) == ["x" * 700_000, "last"]
+    assert data(received) == ["x" * 1_000_000, "last"]
 
 
 def test_silence_is_broken_for_each_within_the_interval(make: Callable[..., Crowd]) -> None:
