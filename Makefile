@@ -27,10 +27,8 @@ test: $(VENV)/.test
 	sh tests/install_system_parts.sh && $(MAKE) lint && wait $$fuzz || { kill $$fuzz; exit 1; }
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m beside > beside.log 2>&1 & beside=$$!; \
-	$(BIN)/coverage run -m pytest -m in_browser > in_browser.log 2>&1 & in_browser=$$!; \
-	$(BIN)/coverage run -m pytest -m "not beside and not in_browser"; status=$$?; \
-	wait $$beside || status=1; wait $$in_browser || status=1; \
-	cat beside.log in_browser.log; exit $$status
+	$(BIN)/coverage run -m pytest -m "not beside"; status=$$?; \
+	wait $$beside || status=1; cat beside.log; exit $$status
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -63,7 +61,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.shutdown
 
 clean:
-	rm -rf $(VENV) beside.log in_browser.log build dist docs/_build instance *.egg-info
+	rm -rf $(VENV) beside.log build dist docs/_build instance *.egg-info
 
 # Debian keeps ensurepip in a package of its own, without which venv fails.
 $(BIN)/python:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionChunk
     from playwright.sync_api import Browser, Page
 
-pytestmark = pytest.mark.in_browser
+pytestmark = pytest.mark.beside
 
 CLIENTS = ROOT / "tests" / "clients"
 PROMPT = "What is an event stream?"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Open = Callable[[str], Page]
 
-pytestmark = pytest.mark.in_browser
+pytestmark = pytest.mark.beside
 
 RECIPES = ROOT / "docs" / "recipes"
 PAGE = (ROOT / "docs" / "clients.rst").read_text("utf-8")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from playwright.sync_api import Browser, BrowserContext, Page
 
-pytestmark = pytest.mark.in_browser
+pytestmark = pytest.mark.beside
 
 STATIC = Path(flask_eventstream.__file__).parent / "static"
 CLIENTS = Path(__file__).parent / "clients"

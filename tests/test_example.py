@@ -58,8 +58,6 @@ CASES = [
 
 expect.set_options(timeout=10_000)
 
-pytestmark = pytest.mark.in_browser
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     OpenPage = Callable[..., Page]
     OpenStream = Callable[..., ClientStream]
 
-pytestmark = pytest.mark.in_browser
+pytestmark = pytest.mark.beside
 
 PACE = {
     "LOG_SECONDS": 0.05,

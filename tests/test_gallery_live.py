@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     OpenStream = Callable[..., ClientStream]
     NewVisitor = Callable[[], Visitor]
 
-pytestmark = pytest.mark.in_browser
+pytestmark = pytest.mark.beside
 
 CONFIG = {
     "TICK_SECONDS": 0.05,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from playwright.sync_api import Browser, Page
 
-pytestmark = pytest.mark.in_browser
+pytestmark = pytest.mark.beside
 
 EVENT_STREAM = {"Accept": "text/event-stream"}
 EVERY_PROXY = pytest.mark.parametrize("name", KINDS)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .redis_server import RedisServer
 
-pytestmark = pytest.mark.in_browser
+pytestmark = pytest.mark.beside
 
 TYPEWRITER = "tutorials/typewriter.rst"
 CHAT_ROOM = "tutorials/chat-room.rst"
