@@ -124,7 +124,7 @@ class Visitor:
 
 @contextmanager
 def ordinary_requests(server: Server) -> Iterator[None]:
-    """Send ordinary requests all the time, and see that each is answered within a second."""
+    """Send ordinary requests all the time, and see that each is answered soon."""
     is_over, times = threading.Event(), [0.0]
 
     def ask() -> None:
@@ -143,7 +143,9 @@ def ordinary_requests(server: Server) -> Iterator[None]:
         asking.join()
     print(f"{len(times)} ordinary requests, the slowest in {max(times):.3f} s")
     assert len(times) > 2
-    assert max(times) < 1
+    # A machine that is asked for hundreds of connections at once may overlook one. It is asked for
+    # that again after a second.
+    assert max(times) < 2
 
 
 def send_slowly(visitors: list[Visitor]) -> None:

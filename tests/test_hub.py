@@ -305,7 +305,7 @@ def test_silence_is_broken_for_each_within_the_interval(make: Callable[..., Crow
             arrivals[client].append(time.monotonic())
     for times in arrivals.values():
         # It is 0.3 s after silence; the rest is for a machine that does other things.
-        assert max(later - earlier for earlier, later in pairwise(times)) < 0.7
+        assert max(later - earlier for earlier, later in pairwise(times)) < 1
         assert len(times) > 2
 
 
