@@ -295,17 +295,17 @@ def test_one_that_takes_a_little_all_the_time_is_not_cut_off(make: Callable[...,
 
 
 def test_silence_is_broken_for_each_within_the_interval(make: Callable[..., Crowd]) -> None:
-    crowd = make(heartbeat=0.4)
+    crowd = make(heartbeat=0.8)
     start = time.monotonic()
     arrivals = {crowd.join(is_chunked=n % 2 == 0): [start] for n in range(40)}
-    while time.monotonic() < start + 2:
+    while time.monotonic() < start + 3:
         readable, _, _ = select.select(arrivals, [], [], 1)
         for client in readable:
             assert client.recv(100) in (BEAT, b"2\r\n:\n\r\n")
             arrivals[client].append(time.monotonic())
     for times in arrivals.values():
-        # It is 0.3 s after silence; the rest is for a machine that does other things.
-        assert max(later - earlier for earlier, later in pairwise(times)) < 1
+        # It is 0.6 s after silence; the rest is for a machine that does other things.
+        assert max(later - earlier for earlier, later in pairwise(times)) < 1.3
         assert len(times) > 2
 
 
