@@ -88,6 +88,10 @@ class Tail:
         is_replaced = self._path.stat().st_ino != os.fstat(self._file.fileno()).st_ino
         offset = self._file.tell()
         for line in self._file.read().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                # The rest of it is still being written.
+                self._file.seek(offset)
+                break
             offset += len(line)
             yield f"{self._name}-{offset}", line.decode().rstrip("\n")
         if is_replaced:

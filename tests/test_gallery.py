@@ -312,6 +312,16 @@ def test_a_follower_reads_a_file_to_its_end_and_then_the_one_that_replaces_it(
         assert numbers_in(tail) + numbers_in(tail) == list(range(6, 16))
 
 
+def test_half_a_line_is_left_until_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "half.log"
+    path.write_text("1 one\n2 t")
+    with closing(log.Tail(path)) as tail, path.open("a") as file:
+        assert list(tail.new_lines()) == [("1-6", "1 one")]
+        file.write("wo\n")
+        file.flush()
+        assert list(tail.new_lines()) == [("1-12", "2 two")]
+
+
 def numbers_in(tail: log.Tail) -> list[int]:
     return [int(line.split()[0]) for _, line in tail.new_lines()]
 
