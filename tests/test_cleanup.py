@@ -46,8 +46,8 @@ def state(server: Server) -> dict[str, Any]:
 
 def is_as_before(server: Server, before: dict[str, Any]) -> bool:
     now = state(server)
-    # The connection that found the server listening may still have been open before.
-    is_closed = now.pop("descriptors") <= before["descriptors"]
+    # The connection that asked before may still have been open then, with its greenlet.
+    is_closed = all(now.pop(key) <= before[key] for key in ("descriptors", "greenlets"))
     return is_closed and now == {key: before[key] for key in now}
 
 
