@@ -6,9 +6,9 @@ import re
 import socket
 import threading
 import time
-import urllib.request
 from collections import Counter
 from contextlib import ExitStack, closing, contextmanager
+from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -124,15 +124,21 @@ class Visitor:
 
 @contextmanager
 def ordinary_requests(server: Server) -> Iterator[None]:
-    """Send ordinary requests all the time, and see that each is answered soon."""
+    """Send ordinary requests all the time, and see that each is answered within a second.
+
+    From its connection on: a kernel that is asked for hundreds at once may drop a request for one,
+    which is sent again after a second.
+    """
     is_over, times = threading.Event(), [0.0]
 
     def ask() -> None:
         while not is_over.wait(0.005):
-            begin = time.monotonic()
-            with urllib.request.urlopen(f"{server.url}/started", timeout=20) as answer:
-                answer.read()
-            times.append(time.monotonic() - begin)
+            with closing(HTTPConnection("127.0.0.1", server.port, timeout=20)) as connection:
+                connection.connect()
+                begin = time.monotonic()
+                connection.request("GET", "/started")
+                connection.getresponse().read()
+                times.append(time.monotonic() - begin)
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -143,9 +149,7 @@ def ordinary_requests(server: Server) -> Iterator[None]:
         asking.join()
     print(f"{len(times)} ordinary requests, the slowest in {max(times):.3f} s")
     assert len(times) > 2
-    # A machine that is asked for hundreds of connections at once may overlook one. It is asked for
-    # that again after a second.
-    assert max(times) < 2
+    assert max(times) < 1
 
 
 def send_slowly(visitors: list[Visitor]) -> None:
