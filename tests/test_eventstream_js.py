@@ -280,6 +280,14 @@ def test_it_backs_off_and_comes_back_after_answers_that_eventsource_gives_up_at(
     ), pauses
 
 
+def test_a_retry_of_nothing_does_not_have_it_ask_without_a_pause(stage: Stage) -> None:
+    stage.post(f"/answer/{stage.name}", [200, 200, 200])
+    stage.tab().follow(f"/stream/answers/{stage.name}?retry=0&id=7")
+    asked = wait_for(lambda: stage.asked()[3:] and stage.asked())
+    times = [row["time"] for row in asked]
+    assert all(after - before >= 0.08 for before, after in pairwise(times)), times
+
+
 def test_a_page_that_waits_comes_back_as_soon_as_it_is_online(stage: Stage) -> None:
     stage.post(f"/answer/{stage.name}", [200])
     # A timer of more than 2**31 - 1 ms fires at once.
