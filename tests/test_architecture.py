@@ -1,4 +1,4 @@
-"""The walls between the rooms, and how large a room may be."""
+"""The walls between the rooms, and how large a function may be."""
 
 from __future__ import annotations
 
@@ -72,8 +72,7 @@ def test_no_rooms_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_rooms_and_functions_stay_small(room: str) -> None:
-    assert len((PACKAGE / f"{room}.py").read_text(encoding="utf-8").splitlines()) <= 330
+def test_functions_stay_small(room: str) -> None:
     for node in ast.walk(TREES[room]):
         if isinstance(node, ast.FunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
