@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -12,6 +11,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent
-DEADLINE = 20.0
-_ports: set[int] = set()
+DEADLINE = 30.0
+"""For what is about to happen, in seconds: so long that only what never happens takes longer."""
+
+# Below those that the kernel gives to connections, which begin at 32768.
+_FIRST_PORT, _PORTS_OF_A_PROCESS, _PROCESSES = 16_384, 256, 64
 
 
 def wait_for(condition: Callable[[], T], timeout: float = DEADLINE, what: str = "") -> T:
@@ -44,11 +47,29 @@ def free_port() -> int:
 
     Not one that the kernel chooses: it gives those to connections, too, and may give one twice.
     """
-    while True:
-        port = 16_384 + secrets.randbelow(16_384)
-        if port not in _ports and _is_free(port):
-            _ports.add(port)
-            return port
+    return next(port for port in _ports if _is_free(port))
+
+
+def _own_ports() -> Iterator[int]:
+    """Yield the ports of this process, over and over again. No other process of tests has them.
+
+    The name of a Unix socket says whose they are. The kernel gives it to one process only, and
+    takes it back when that ends, in whatever way.
+    """
+    with socket.socket(socket.AF_UNIX) as owner:
+        number = next(n for n in range(_PROCESSES) if _has_bound(owner, f"\0eventstream-test-{n}"))
+        first = _FIRST_PORT + number * _PORTS_OF_A_PROCESS
+        yield from cycle(range(first, first + _PORTS_OF_A_PROCESS))
+
+
+def _has_bound(owner: socket.socket, name: str) -> bool:
+    with suppress(OSError):
+        owner.bind(name)
+        return True
+    return False
+
+
+_ports = _own_ports()
 
 
 def _is_free(port: int) -> bool:
