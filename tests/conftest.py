@@ -4,6 +4,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from flask import Flask
 
@@ -23,6 +24,19 @@ if TYPE_CHECKING:
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the servers of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# The same examples in every run, whatever the machine: by chance nothing fails, nor if it is slow.
+# EVENTSTREAM_EXAMPLES=random has others, and remembers those that have failed.
+hypothesis.settings.register_profile(
+    "fixed",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile("random", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("EVENTSTREAM_EXAMPLES", "fixed"))
 
 
 if "COVERAGE_PROCESS_CONFIG" in os.environ:

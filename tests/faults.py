@@ -114,7 +114,7 @@ def crowd(port: int, size: int) -> None:
 
     They are looked at once all have the event with that number.
     """
-    clients = [Client(port) for _ in range(size)]
+    clients, chance = [Client(port) for _ in range(size)], random.Random(size)
     away = [(0.0, client) for client in clients]
     open_ones: dict[int, Client] = {}
     epoll = select.epoll()
@@ -133,7 +133,7 @@ def crowd(port: int, size: int) -> None:
                 client = open_ones.pop(descriptor)
                 epoll.unregister(descriptor)
                 client.socket.close()
-                away.append((now + random.uniform(0, _RETURN_SECONDS), client))
+                away.append((now + chance.uniform(0, _RETURN_SECONDS), client))
         is_done = len(open_ones) == size and min(one.last for one in clients) >= (until or 0)
         if until is not None and (is_done or now > deadline):
             say(

@@ -277,7 +277,7 @@ def test_the_parts_of_two_tokens_make_no_third_one() -> None:
         assert not is_token(f"{PREFIX}{one[0]}{separator}{two[0]}.{one[2]}")
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.data())
 def test_what_is_cut_changed_and_joined_at_random_says_only_what_was_signed(data: Any) -> None:
     cut = st.builds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import signal
 import socket
@@ -203,19 +204,25 @@ def is_refused(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_the_more_streams_end_at_once_the_longer_it_takes_until_all_return() -> None:
+def test_the_more_streams_end_at_once_the_longer_it_takes_until_all_return(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def times(streams: int) -> list[int]:
-        lines = [farewell(3000, streams) for _ in range(2000)]
+        # What is drawn is spread evenly: what becomes of it is not left to chance.
+        drawn = [n / 10_000 for n in range(10_000)]
+        monkeypatch.setattr(random, "random", lambda: drawn.pop())
+        lines = [farewell(3000, streams) for _ in range(10_000)]
+        assert drawn == []
         assert all(re.fullmatch(rb"retry: \d+\n", line) for line in lines)
         return sorted(int(line.split()[1]) for line in lines)
 
     few, many = times(1), times(10_000)
-    assert 2400 <= few[0] < 2500
-    assert 3500 < few[-1] <= 3600
-    assert 2400 <= many[0] < 2500
-    # No more than a thousand in each second, and so in the last one.
-    assert 12_000 < many[-1] <= 12_400
-    assert 1700 / 10 < sum(time > 11_400 for time in many) < 2300 / 10
+    assert (few[0], few[-1]) == (2400, 3599)
+    assert (many[0], many[-1]) == (2400, 12_399)
+    # A thousand in each second.
+    for second in range(10):
+        begin = 2400 + 1000 * second
+        assert sum(begin <= time < begin + 1000 for time in many) == 1000
 
 
 class Part:
