@@ -17,6 +17,8 @@ from .servers import Server, free_port, system_part, wait_for
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from flask_eventstream.redis_link import RedisLink
+
 _numbers = count()
 
 
@@ -61,6 +63,22 @@ class RedisServer(Server):
         self.redis.connection_pool.disconnect()
         self.thaw()
         super().close()
+
+
+@contextmanager
+def given_up_soon(*links: RedisLink) -> Iterator[None]:
+    """Have calls fail soon of a Redis that is away, and refuses connections.
+
+    Those that are to succeed, before and after, have all the time that they may need.
+    """
+    before = [(link._timeout, link.patience) for link in links]
+    for link in links:
+        link._timeout, link.patience = 0.2, 0.05
+    try:
+        yield
+    finally:
+        for link, (timeout, patience) in zip(links, before, strict=True):
+            link._timeout, link.patience = timeout, patience
 
 
 def _answers(probe: redis.Redis) -> bool:

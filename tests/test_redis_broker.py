@@ -21,8 +21,8 @@ from flask_eventstream.redis_scripts import PUBLISH, Keys
 from flask_eventstream.run_registry import Write
 
 from .faults import Proxy, proxy
-from .redis_server import RedisServer, redis_server, valkey_program
-from .servers import ROOT, free_port, serving, wait_for
+from .redis_server import RedisServer, given_up_soon, redis_server, valkey_program
+from .servers import DEADLINE, ROOT, free_port, serving, wait_for
 from .stress import Client
 
 if TYPE_CHECKING:
@@ -169,8 +169,8 @@ def test_disconnecting_reaches_every_process(make: Make) -> None:
     one.publish("after", channel=["a", "b"])
     assert data(subscriptions[2], 1) == ["after"]
     for subscription in subscriptions[:2]:
-        assert EventStreamParser().feed(subscription.take(5) or b"")[0].data == "last"
-        assert subscription.take(5) is None
+        assert EventStreamParser().feed(subscription.take(DEADLINE) or b"")[0].data == "last"
+        assert subscription.take(DEADLINE) is None
 
 
 def test_a_disconnect_is_not_part_of_the_history(make: Make) -> None:
@@ -187,7 +187,7 @@ def test_what_a_process_missed_is_made_good_or_a_reset(
     missed: int, is_reset: bool, make: Make, redis: RedisServer
 ) -> None:
     with proxy(redis.port) as between:
-        one, two = make(), make(f"redis://127.0.0.1:{between.port}/0", timeout=1)
+        one, two = make(), make(f"redis://127.0.0.1:{between.port}/0", timeout=2)
         subscription = two.subscribe()
         cursor = one.publish("before")
         assert data(subscription, 1) == ["before"]
@@ -200,7 +200,7 @@ def test_what_a_process_missed_is_made_good_or_a_reset(
             return
         [reset] = take(subscription, 1)
         assert (reset.type, reset.id) == ("reset", cursor)
-        assert subscription.take(5) is None
+        assert subscription.take(DEADLINE) is None
         assert start(two.subscribe(last_event_id=cursor)) == ["reset", *numbers[1:]]
 
 
@@ -232,7 +232,7 @@ def test_a_disconnect_that_was_missed_is_made_good(make: Make, redis: RedisServe
         one.publish("after")
         between.heal()
         assert data(subscription, 1) == ["last"]
-        assert subscription.take(5) is None
+        assert subscription.take(DEADLINE) is None
 
 
 def test_subscribers_are_counted_in_all_processes(make: Make, redis: RedisServer) -> None:
@@ -440,32 +440,33 @@ def test_what_the_server_refuses_is_an_error_that_says_so(make: Make, redis: Red
 # Redis away
 
 
-def test_publishing_without_redis_fails_in_time_and_streams_stay(
+def test_publishing_without_redis_fails_and_streams_stay(
     own_redis: RedisServer, make: Make
 ) -> None:
-    broker = make(own_redis.url, timeout=1)
+    # How long that takes at most is tested where connections are: in test_redis_link.
+    broker = make(own_redis.url)
     subscription = broker.subscribe()
     broker.publish("before")
     assert data(subscription, 1) == ["before"]
     own_redis.kill()
-    begin = time.monotonic()
-    with pytest.raises(BrokerUnavailableError, match="no answer within 1 s") as caught:
-        broker.publish("x")
-    assert time.monotonic() - begin < 1.2
-    assert not caught.value.is_refusal
-    for call in (broker.last_event_id, broker.subscriber_count, lambda: broker.disconnect("sse")):
+    with given_up_soon(broker._link):
+        with pytest.raises(BrokerUnavailableError, match=r"no answer within 0\.2 s") as caught:
+            broker.publish("x")
+        assert not caught.value.is_refusal
+        calls = (broker.last_event_id, broker.subscriber_count, lambda: broker.disconnect("sse"))
+        for call in calls:
+            with pytest.raises(BrokerUnavailableError):
+                call()
         with pytest.raises(BrokerUnavailableError):
-            call()
-    with pytest.raises(BrokerUnavailableError):
-        broker.subscribe("another")
-    assert subscription.take(0) == b""
-    assert broker.subscribe().take(0) == b""
+            broker.subscribe("another")
+        assert subscription.take(0) == b""
+        assert broker.subscribe().take(0) == b""
 
 
 def test_a_frozen_server_does_late_what_was_given_up_only_once(
     own_redis: RedisServer, make: Make
 ) -> None:
-    broker = make(own_redis.url, timeout=1)
+    broker = make(own_redis.url, timeout=2)
     subscription = broker.subscribe()
     broker.publish("0")
     for attempt in range(3):
@@ -492,7 +493,7 @@ def publish_again(broker: RedisBroker, data: str) -> None:
 def losing_answers(redis: RedisServer, make: Make) -> Iterator[tuple[RedisBroker, Proxy]]:
     """Have a broker that has published an event, and gets no answer any more."""
     with proxy(redis.port) as between:
-        broker = make(f"redis://127.0.0.1:{between.port}/0", timeout=1)
+        broker = make(f"redis://127.0.0.1:{between.port}/0", timeout=2)
         broker.publish("0")
         between.lose_answers()
         yield broker, between
@@ -542,10 +543,19 @@ def test_what_a_server_has_lost_is_waited_for_only_once(
     broker = make(own_redis.url)
     subscription = broker.subscribe()
     monkeypatch.setattr(broker, "_expected", 1_000_000)
-    begin = time.monotonic()
-    assert subscription.take(0) == b""
-    assert 0.9 < time.monotonic() - begin < 3
+    waits: list[float] = []
+
+    def wait_in_vain(condition: Callable[[], bool], seconds: float) -> bool:
+        assert not condition()
+        waits.append(seconds)
+        return False
+
+    monkeypatch.setattr(broker._progress, "wait_until", wait_in_vain)
+    for _ in range(2):
+        assert subscription.take(0) == b""
+    assert waits == [1]
     assert broker._expected == 0
+    monkeypatch.undo()
 
 
 def test_a_batch_that_fails_in_the_middle_tells_what_was_published(
@@ -579,11 +589,13 @@ def test_a_clock_that_was_set_delays_an_event_and_loses_none(make: Make) -> None
 
 
 def test_a_server_that_is_always_too_slow_is_an_error(make: Make) -> None:
-    broker = make(timeout=0.5)
-    broker._link.patience = -1
-    with pytest.raises(BrokerUnavailableError, match="too slow"):
-        broker.publish("x")
-    broker._link.patience = 0.1
+    broker = make()
+    with given_up_soon(broker._link):
+        # Whatever it does comes too late.
+        broker._timeout, broker._link.patience = 0.2, -1
+        with pytest.raises(BrokerUnavailableError, match="too slow"):
+            broker.publish("x")
+    broker._timeout = 60
     broker.publish("x")
     assert start(make().subscribe(history=9)) == ["x"]
 
@@ -592,11 +604,10 @@ def test_a_wrong_password_is_an_error_at_once(tmp_path: Path) -> None:
     with redis_server(tmp_path) as server:
         server.redis.config_set("requirepass", "secret")
         server.redis.auth("secret")
-        broker = RedisBroker(server.url.replace("//", "//:wrong@"))
-        begin = time.monotonic()
+        # If it were tried again, it would take half an hour.
+        broker = RedisBroker(server.url.replace("//", "//:wrong@"), timeout=3600)
         with pytest.raises(BrokerUnavailableError, match="password") as caught:
             broker.publish("x")
-        assert time.monotonic() - begin < 2
         assert "wrong" not in str(caught.value)
         broker.close()
 
@@ -698,17 +709,17 @@ def test_the_rights_in_the_documentation_are_enough(own_redis: RedisServer) -> N
     for n in (1, 2, 3):
         wire = b"data: %b\nid: run.%d\n\n" % (b"x" * 500, n)
         assert registry.write([Write("key", "run", n, wire)]) == [True]
-        assert reader.take(5) == wire
+        assert reader.take(DEADLINE) == wire
     standing = registry.find("key")
     assert standing
     registry.watch("key", standing, b"event: lost\ndata: {}\n\n")
     registry.close()
-    wait_for(lambda: b"event: lost" in (reader.take(5) or b""))
+    wait_for(lambda: b"event: lost" in (reader.take(DEADLINE) or b""))
     reader.close()
     stay = broker.members(0.01).enter("sse", "ada")
     stay.leave()
     members = broker.subscribe("sse", history=2)
-    wait_for(lambda: b"event: leave" in (members.take(5) or b""))
+    wait_for(lambda: b"event: leave" in (members.take(DEADLINE) or b""))
     broker.close()
     wait_for(lambda: not own_redis.redis.keys("*process:*"))
 
@@ -723,7 +734,7 @@ def test_a_forked_child_has_a_connection_of_its_own(make: Make) -> None:
     if child == 0:
         own = broker.subscribe()
         broker.publish("from the child")
-        os.write(writing, own.take(10) or b"nothing")
+        os.write(writing, own.take(DEADLINE) or b"nothing")
         os._exit(0)
     os.waitpid(child, 0)
     assert b"data: from the child" in os.read(reading, 1000)
@@ -749,7 +760,7 @@ def turn():
 def read(subscription):
     wire = b""
     while wire.count(b"\\n\\n") < 50:
-        wire += subscription.take(10)
+        wire += subscription.take(20)
     return wire
 def main():
     gevent.spawn(turn)
@@ -783,11 +794,13 @@ def test_a_worker_that_ends_in_order_is_counted_out_at_once(
 ) -> None:
     broker = RedisBroker(own_redis.url)
     environ = {"REDIS_URL": own_redis.url}
-    with serving("tests.redis_app:create_app()", worker, environ=environ) as server:
+    options = ["--graceful-timeout=20"]
+    with serving("tests.redis_app:create_app()", worker, *options, environ=environ) as server:
         client = Client(server).begin()
         wait_for(lambda: broker.subscriber_count() == 1)
         server.stop()
-        wait_for(lambda: broker.subscriber_count() == 0, timeout=5)
+        # It did so itself before it ended. A lease would have gone on.
+        assert broker.subscriber_count() == 0
         client.close()
         assert "Traceback" not in server.log()
     broker.close()
@@ -803,7 +816,7 @@ def test_a_reset_tells_what_was_asked_for(make: Make, redis: RedisServer) -> Non
     [reset] = take(subscription, 1)
     assert reset.type == "reset"
     assert json.loads(reset.data) == {"requested": before.id, "earliest": None}
-    assert subscription.take(5) is None
+    assert subscription.take(DEADLINE) is None
     assert start(broker.subscribe(last_event_id=reset.id)) == ["reset", "y"]
 
 

@@ -15,8 +15,8 @@ from flask_eventstream.errors import BrokerUnavailableError
 from flask_eventstream.redis_broker import RedisBroker
 
 from .faults import proxy
-from .redis_server import RedisServer, redis_server
-from .servers import wait_for
+from .redis_server import RedisServer, given_up_soon, redis_server
+from .servers import DEADLINE, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,24 +89,26 @@ def test_a_reader_that_is_stopped_before_it_connects_ends(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     with redis_server(tmp_path) as server:
-        broker = RedisBroker(server.url, timeout=0.4)
+        broker = RedisBroker(server.url)
         server.kill()
-        with pytest.raises(BrokerUnavailableError, match="nothing is heard of it"):
-            broker.subscribe()
-        broker.close()
-        wait_for(lambda: "not counted out" in caplog.text)
+        with given_up_soon(broker._link):
+            with pytest.raises(BrokerUnavailableError, match="nothing is heard of it"):
+                broker.subscribe()
+            broker.close()
+            wait_for(lambda: "not counted out" in caplog.text)
         server.start()
 
 
 def test_who_comes_in_vain_leaves_nothing_behind(own_redis: RedisServer) -> None:
-    broker = RedisBroker(own_redis.url, timeout=0.4)
+    broker = RedisBroker(own_redis.url)
     subscription = broker.subscribe()
     own_redis.kill()
-    wait_for(lambda: not broker._reader.is_connected)
-    for n in range(20):
-        with pytest.raises(BrokerUnavailableError):
-            broker.subscribe(f"user:{n}")
-    wait_for(lambda: list(broker._feeds) == ["sse"])
+    with given_up_soon(broker._link):
+        wait_for(lambda: not broker._reader.is_connected)
+        for n in range(20):
+            with pytest.raises(BrokerUnavailableError):
+                broker.subscribe(f"user:{n}")
+        wait_for(lambda: list(broker._feeds) == ["sse"])
     own_redis.start()
     # It has nothing of what was in it.
     wait_for(lambda: b"event: reset" in (subscription.take(0.1) or b""))
@@ -134,8 +136,8 @@ def test_a_full_server_is_heard_all_the_same(
         wait_for(lambda: "could not be told" in caplog.text)
         server.redis.config_set("maxmemory", 0)
         broker.publish("y", channel=["sse", "another"])
-        assert b"data: y" in (another.take(10) or b"")
-        assert b"data: y" in (subscription.take(10) or b"")
+        assert b"data: y" in (another.take(DEADLINE) or b"")
+        assert b"data: y" in (subscription.take(DEADLINE) or b"")
         assert "is tried again" not in caplog.text
         broker.close()
 
