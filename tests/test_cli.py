@@ -18,7 +18,7 @@ from flask_eventstream.cli import commands
 from flask_eventstream.redis_broker import RedisBroker
 
 from .canned import END, GONE, STREAM, answered, canned, chunked
-from .servers import ROOT, serving, wait_for
+from .servers import DEADLINE, ROOT, serving, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,7 +71,7 @@ def received(app: Flask, act: Callable[[], object]) -> list[ServerSentEvent]:
     """Return what a subscriber of ``news`` gets of what is done."""
     subscription = app.extensions["eventstream"].broker.subscribe("news")
     act()
-    wire = subscription.take(5)
+    wire = subscription.take(DEADLINE)
     subscription.close()
     return EventStreamParser().feed(wire)
 

@@ -4,7 +4,6 @@ import os
 import select
 import socket
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -166,9 +165,8 @@ def test_a_reset_drops_what_the_client_did_not_read(
 
 def test_the_bell_ends_a_wait_from_any_thread(watcher: Watcher) -> None:
     threading.Timer(0.05, watcher.ring).start()
-    start = time.monotonic()
+    # If nothing had ended it, there would be no event.
     assert watcher.wait(DEADLINE)
-    assert time.monotonic() - start < DEADLINE / 2
 
 
 def test_ringing_twice_is_one_event_and_ringing_again_another(watcher: Watcher) -> None:
