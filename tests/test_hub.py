@@ -5,13 +5,11 @@ import logging
 import math
 import os
 import re
-import select
 import socket
 import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -178,12 +176,19 @@ def test_chunked_and_plain_subscribers_of_one_channel_get_the_same(crowd: Crowd)
 
 
 def test_what_is_published_back_to_back_is_sent_together(crowd: Crowd) -> None:
+    news, may_look = crowd.hub._news, threading.Event()
+
+    def look_late() -> Any:
+        assert may_look.wait(DEADLINE)
+        return news()
+
+    crowd.hub._news = look_late
     client = crowd.join(is_chunked=True)
     for n in range(100):
         crowd.broker.publish(str(n))
+    may_look.set()
     received = read_until(client, b"data: 99\n\n\r\n")
-    chunks = received.count(b"\r\n") // 2
-    assert chunks < 50
+    assert received.count(b"\r\n") == 2
 
 
 def test_a_newcomer_gets_only_what_comes_after_him(crowd: Crowd) -> None:
@@ -280,70 +285,60 @@ def test_one_that_takes_nothing_for_too_long_is_cut_off(make: Callable[..., Crow
     wait_for(lambda: crowd.owners[0].closed)
 
 
-def test_one_that_takes_a_little_all_the_time_is_not_cut_off(make: Callable[..., Crowd]) -> None:
-    crowd = make(max_lag=1, heartbeat=1)
-    client = crowd.join(receive_buffer=4096)
-    crowd.broker.publish("x" * 1_000_000)
-    crowd.broker.publish("last")
-    end = time.monotonic() + 2.8
-    received = b""
-    while time.monotonic() < end:
-        received += client.recv(1500)
-        threading.Event().wait(0.005)
-    received += read_until(client, b"last\n\n")
-    assert data(received) == ["x" * 1_000_000, "last"]
-
-
-def test_silence_is_broken_for_each_within_the_interval(make: Callable[..., Crowd]) -> None:
+def test_silence_is_broken_for_each_again_and_again(make: Callable[..., Crowd]) -> None:
+    # How long it is at most is tested with a clock that does what it is told: see test_heartbeats.
     crowd = make(heartbeat=0.8)
-    start = time.monotonic()
-    arrivals = {crowd.join(is_chunked=n % 2 == 0): [start] for n in range(40)}
-    while time.monotonic() < start + 3:
-        readable, _, _ = select.select(arrivals, [], [], 1)
-        for client in readable:
-            assert client.recv(100) in (BEAT, b"2\r\n:\n\r\n")
-            arrivals[client].append(time.monotonic())
-    for times in arrivals.values():
-        # It is 0.6 s after silence; the rest is for a machine that does other things.
-        assert max(later - earlier for earlier, later in pairwise(times)) < 1.3
-        assert len(times) > 2
+    clients = [crowd.join(is_chunked=n % 2 == 0) for n in range(40)]
+    for n, client in enumerate(clients):
+        beats = (b"2\r\n:\n\r\n" if n % 2 == 0 else BEAT) * 3
+        received = b""
+        while not received.startswith(beats):
+            assert beats.startswith(received)
+            received += client.recv(100)
 
 
 def test_heartbeats_do_not_come_all_at_once(make: Callable[..., Crowd]) -> None:
     crowd = make(heartbeat=1)
-    for _ in range(40):
-        crowd.join()
-    beats: list[float] = []
-    beat = crowd.hub._beat
+    ticks: list[list[Subscriber]] = [[]]
+    tick, beat = crowd.hub._tick, crowd.hub._beat
+
+    def note_tick() -> None:
+        ticks.append([])
+        tick()
 
     def note(subscriber: Subscriber) -> None:
-        beats.append(time.monotonic())
+        ticks[-1].append(subscriber)
         beat(subscriber)
 
-    crowd.hub._beat = note  # type: ignore[method-assign]
-    wait_for(lambda: len(beats) >= 40)
-    assert beats[39] - beats[0] > 0.4
+    crowd.hub._tick, crowd.hub._beat = note_tick, note  # type: ignore[method-assign]
+    for _ in range(40):
+        crowd.join()
+    wait_for(lambda: sum(map(len, ticks)) >= 80)
+    # Between two ticks is an eighth of the interval. Descriptors may all be even ones.
+    assert max(map(len, ticks)) < 20
 
 
 @pytest.mark.parametrize("is_chunked", [True, False])
-def test_a_client_that_closes_is_gone_at_once(crowd: Crowd, is_chunked: bool) -> None:
+def test_a_client_that_closes_is_gone_without_a_heartbeat(
+    make: Callable[..., Crowd], is_chunked: bool
+) -> None:
+    crowd = make(heartbeat=3600)
     client, other = crowd.join(is_chunked=is_chunked), crowd.join()
-    start = time.monotonic()
     client.close()
     wait_for(lambda: crowd.owners[0].closed)
-    assert time.monotonic() - start < 1
     assert crowd.broker.subscriber_count() == 1
     crowd.broker.publish("x")
     assert read_until(other, b"x\n\n")
 
 
-def test_a_client_that_resets_the_connection_is_gone_at_once(crowd: Crowd) -> None:
+def test_a_client_that_resets_the_connection_is_gone_without_a_heartbeat(
+    make: Callable[..., Crowd],
+) -> None:
+    crowd = make(heartbeat=3600)
     client = crowd.join()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    start = time.monotonic()
     client.close()
     wait_for(lambda: crowd.owners[0].closed)
-    assert time.monotonic() - start < 1
 
 
 def test_a_lagging_client_that_closes_is_gone_too(crowd: Crowd) -> None:
@@ -369,21 +364,30 @@ def test_a_client_that_closes_its_half_reads_on(crowd: Crowd) -> None:
 
 def test_a_stream_ends_at_its_deadline(make: Callable[..., Crowd]) -> None:
     crowd = make(heartbeat=1)
-    client, other = crowd.join(lifetime=0.2, is_chunked=True), crowd.join()
+    client, other = crowd.join(is_chunked=True), crowd.join()
     crowd.broker.publish("x")
-    assert re.search(rb"data: x\nid: \S+\n\n\r\n9\r\nretry: 1\n\r\n0\r\n\r\n\Z", read_all(client))
+    read_until(client, b"data: x\n\n\r\n")
+    crowd.subscribers[0].deadline = time.monotonic()
+    assert re.fullmatch(rb"(2\r\n:\n\r\n)*9\r\nretry: 1\n\r\n0\r\n\r\n", read_all(client))
     wait_for(lambda: crowd.owners[0].reason == endings.EXPIRED)
-    # There may be a heartbeat behind it by now.
-    assert b"data: x\n" in other.recv(1 << 16)
+    crowd.broker.publish("y")
+    assert data(read_until(other, b"data: y\n\n")) == ["x", "y"]
+
+
+def test_a_stream_whose_deadline_is_over_ends(make: Callable[..., Crowd]) -> None:
+    assert read_all(make(heartbeat=1).join(lifetime=0)).endswith(b"retry: 1\n")
 
 
 def test_a_lagging_stream_ends_at_its_deadline_without_a_last_chunk(
     make: Callable[..., Crowd],
 ) -> None:
     crowd = make(heartbeat=1)
-    client = crowd.join(lifetime=0.2, is_chunked=True, receive_buffer=4096)
+    client = crowd.join(is_chunked=True, receive_buffer=4096)
     crowd.broker.publish("x" * 1_000_000)
+    wait_for(lambda: crowd.hub.lagging)
+    crowd.subscribers[0].deadline = time.monotonic()
     wait_for(lambda: crowd.owners[0].closed)
+    assert crowd.owners[0].reason == endings.EXPIRED
     assert not read_all(client).endswith(b"0\r\n\r\n")
 
 
@@ -421,14 +425,15 @@ def test_stopping_what_does_not_run_is_nothing() -> None:
 
 def test_it_runs_only_while_it_has_subscribers(crowd: Crowd) -> None:
     gc.collect()
-    before = threading.active_count()
+    # Those of other tests may end meanwhile.
+    before = set(threading.enumerate())
     descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         client = crowd.join()
-        wait_for(lambda: threading.active_count() > before)
+        wait_for(lambda: set(threading.enumerate()) - before)
         client.close()
-        wait_for(lambda: threading.active_count() == before)
-    assert len(os.listdir("/proc/self/fd")) == descriptors + 2
+        wait_for(lambda: not set(threading.enumerate()) - before)
+    wait_for(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2)
 
 
 def test_a_hub_that_is_dropped_leaves_nothing(make: Callable[..., Crowd]) -> None:
@@ -438,7 +443,7 @@ def test_a_hub_that_is_dropped_leaves_nothing(make: Callable[..., Crowd]) -> Non
     crowd.join()
     crowd.close()
     del crowd
-    wait_for(lambda: gc.collect() >= 0 and len(os.listdir("/proc/self/fd")) == before)
+    wait_for(lambda: gc.collect() >= 0 and len(os.listdir("/proc/self/fd")) <= before)
 
 
 def test_an_owner_that_fails_to_close_is_logged_and_harms_nobody(
@@ -555,7 +560,7 @@ def main():
         while crowd.broker.subscriber_count() != 150:
             gevent.sleep(0.01)
     gevent.socket.wait_read(pairs[-1].fileno(), timeout=20)
-    assert pairs[-1].recv(100) == b":\\n"
+    assert set(pairs[-1].recv(100).splitlines()) == {{b":"}}
     crowd.hub.stop()
     with gevent.Timeout(20):
         while crowd.broker.subscriber_count() or crowd.hub._is_running:
@@ -676,6 +681,26 @@ def test_the_last_of_a_group_takes_it_with_him(still: Still) -> None:
     still.source.answers = [(b"x", 1)]
     still.hub._send_news(still.hub._members.groups[still.source])
     assert still.hub._members.groups == {}
+
+
+def test_one_that_takes_a_little_all_the_time_is_not_cut_off_before_it_takes_nothing(
+    still: Still,
+) -> None:
+    slow = still.take_in(0)
+    still.source.answers = [(b"x" * 10_000_000, 1)]
+    still.hub._send_news(slow.group)
+    # The longest lag is 30 seconds.
+    for now in range(20, 200, 20):
+        still.hub._now = now
+        assert still.clients[0].recv(1 << 20)
+        still.hub._catch_up(slow)
+        still.hub._tick()
+        assert slow.descriptor in still.hub._members.lagging
+    still.hub._now += 31
+    still.hub._tick()
+    assert still.hub._members.all == {}
+    still.hub._errands.start()
+    wait_for(lambda: still.reasons == [endings.LAGGED])
 
 
 def test_one_that_lags_gets_no_heartbeat(still: Still) -> None:
