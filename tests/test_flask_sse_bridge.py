@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -297,6 +298,83 @@ def test_a_channel_that_is_heard_already_needs_nothing_of_redis(
     wait_for(lambda: "heard" in one.bridge._ready)
     monkeypatch.setattr(one.bridge, "_wake", None)
     one.bridge.follow("heard")
+
+
+class Heard:
+    """A connection that hears what the test says, and ends the bridge's work after that.
+
+    :param bridge: what it is for.
+    :param early: what comes between a subscription to a channel and its confirmation.
+    :param late: what comes once the channel is heard, each with the name that it comes by.
+    """
+
+    def __init__(self, bridge: Bridge, early: list[bytes], late: list[tuple[bytes, bytes]]) -> None:
+        self._bridge, self._early, self._late = bridge, early, late
+        self._messages: deque[list[Any]] = deque()
+
+    def connect(self) -> None: ...
+    def close(self) -> None: ...
+
+    def send(self, command: str, names: list[bytes]) -> None:
+        assert command == "SUBSCRIBE"
+        for name in names:
+            if name not in (self._bridge._keys.notes, self._bridge._own):
+                self._messages += [[b"message", name, text] for text in self._early]
+            self._messages.append([b"subscribe", name, 1])
+
+    def has_message(self, timeout: float) -> bool:
+        if not self._messages:
+            for token in tuple(self._bridge._joining):
+                note = [b"message", self._bridge._keys.notes, b"round " + token.encode()]
+                self._messages += [note, *([b"message", *one] for one in self._late)]
+        if not self._messages:
+            self._bridge.stop()
+        return bool(self._messages)
+
+    def read(self) -> list[Any]:
+        return self._messages.popleft()
+
+
+@pytest.mark.parametrize("in_a_row", [1, 256])
+def test_what_comes_before_a_channel_is_heard_and_copies_are_left_to_others(
+    side: Callable[..., Side], monkeypatch: pytest.MonkeyPatch, in_a_row: int
+) -> None:
+    monkeypatch.setattr(flask_sse_bridge, "_MESSAGES_IN_A_ROW", in_a_row)
+    bridge = side().bridge
+    offered: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(bridge, "_offer", lambda *arguments: offered.append(arguments))
+    bridge._followed = {"c": time.monotonic()}
+    late = [
+        (b"c", b"first"),
+        (bridge._keys.notes, b"copy c"),
+        (b"c", b"a copy"),
+        (b"other", b"of a channel that was left"),
+        (bridge._own, b""),
+        (b"c", b"second"),
+    ]
+    bridge._hear_on(Heard(bridge, [b"early"], late))  # type: ignore[arg-type]
+    assert [(channel, number, text) for channel, _, number, text in offered] == [
+        ("c", 1, b"first"),
+        ("c", 2, b"second"),
+    ]
+
+
+def test_what_waits_for_others_is_offered_once_that_is_over(
+    side: Callable[..., Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flask_sse_bridge, "_HOLD_SECONDS", 3600)
+    bridge = side().bridge
+    offered: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(bridge, "_offer", lambda *arguments: offered.append(arguments))
+    bridge._followed = {"c": time.monotonic()}
+    # As if the note had reached another process, too.
+    monkeypatch.setattr(bridge._link, "pipeline", lambda commands, begin: [2])
+    bridge._hear_on(Heard(bridge, [], [(b"c", b"held")]))  # type: ignore[arg-type]
+    assert (offered, len(bridge._held)) == ([], 1)
+    bridge._held = [(0.0, *each[1:]) for each in bridge._held]
+    bridge._offer_held()
+    assert [each[-1] for each in offered] == [b"held"]
+    assert bridge._held == []
 
 
 def test_a_flood_of_messages_is_taken_in_order(
