@@ -181,11 +181,15 @@ class Watcher:
         """Watch a socket."""
         self._epoll.register(descriptor, _HAS_ROOM | SAYS_NO_MORE | _EDGE_TRIGGERED)
 
-    def remove(self, descriptor: int) -> None:
-        """Watch a socket no more; :meth:`close_removed` closes it."""
+    def forget(self, descriptor: int) -> None:
+        """Watch a socket no more."""
         # Not left to close(): a forked child that still has the socket open would keep it watched.
         _libc.epoll_ctl(self._epoll.fileno(), _EPOLL_CTL_DEL, descriptor, None)
+
+    def remove(self, descriptor: int) -> None:
+        """Watch a socket no more; :meth:`close_removed` closes it."""
         self._removed.append(descriptor)
+        self.forget(descriptor)
 
     def close_removed(self) -> None:
         """Close what was removed, once the events of the last wait have been looked at.

@@ -86,8 +86,8 @@ class SocketHub:
         """Send a subscriber everything from now on; for ``patience`` see :func:`prepare`.
 
         :raises OSError: if it cannot be watched, for want of descriptors or memory.
-        :raises RuntimeError: if no thread can be started. In both cases it is still the caller's;
-            once this returns, its socket belongs to the hub.
+        :raises RuntimeError: if no thread can be started. Whatever this raises, its socket is still
+            the caller's; once this returns, it belongs to the hub.
         """
         with self._mutex:
             if not self._watcher.is_open:
@@ -96,26 +96,29 @@ class SocketHub:
         # Here and not in the loop, since it gives the GIL away. No event is missed: what is sent
         # first finds out what there was.
         self._watcher.add(subscriber.descriptor)
-        with self._mutex:
-            self._arrived.append(subscriber)
-            if not self._is_running:
-                self._start(subscriber)
-        self.ring()
-
-    def _start(self, first: Subscriber) -> None:
         try:
-            concurrency.spawn(self._run)
-        except RuntimeError:
-            self._arrived.remove(first)
+            with self._mutex:
+                self._start()
+                self.ring()
+                # The last step. The loop looks for it behind the mutex, before it waits.
+                self._arrived.append(subscriber)
+        except BaseException:
+            self._watcher.forget(subscriber.descriptor)
             raise
-        self._is_running = True
+
+    def _start(self) -> None:
+        if not self._is_running:
+            concurrency.spawn(self._run)
+            self._is_running = True
 
     def ring(self) -> None:
         """Have the loop look for what is new; from any thread, without waiting for anything."""
         self._watcher.ring()
 
     def end(self, subscriber: Subscriber) -> None:
-        """End a subscriber whose rights were revoked; from any thread, also if it has ended."""
+        """End a subscriber whose rights were revoked; from any thread, before it is added as well
+        as after it has ended."""
+        subscriber.is_revoked = True
         self._revoked.append(subscriber)
         self.ring()
 
@@ -153,12 +156,19 @@ class SocketHub:
             return not self._is_running
 
     def _turn(self) -> None:
-        events = self._watcher.wait(max(0, self._heartbeats.next_tick - time.monotonic()))
+        pause = 0 if self._arrived else self._heartbeats.next_tick - time.monotonic()
+        events = self._watcher.wait(max(0, pause))
         self._now = time.monotonic()
         # Before those that have arrived: then each of them has arrived as well.
         revoked = [self._revoked.popleft() for _ in range(len(self._revoked))]
         while self._arrived:
-            self._take_in(self._arrived.popleft())
+            subscriber = self._arrived[0]
+            # One of both has it at any time: what fails, and all streams end, must not forget it.
+            self._members.all[subscriber.descriptor] = subscriber
+            self._arrived.popleft()
+            self._take_in(subscriber)
+            if subscriber.is_revoked:
+                revoked.append(subscriber)
         for subscriber in revoked:
             if self._members.all.get(subscriber.descriptor) is subscriber:
                 self._finish(subscriber, endings.REVOKED)
@@ -317,12 +327,13 @@ class SocketHub:
         self._forget(subscriber, endings.VANISHED if error == ETIMEDOUT else endings.LEFT)
 
     def _forget(self, subscriber: Subscriber, reason: str) -> None:
-        self._members.leave(subscriber)
-        self._watcher.remove(subscriber.descriptor)
         # What an owner does then is not the hub's business, and must not hold it up.
         self._errands.add(partial(subscriber.owner.end, reason))
+        self._members.leave(subscriber)
+        self._watcher.remove(subscriber.descriptor)
 
     def _after_fork(self) -> None:
-        for subscriber in (*self._members.all.values(), *self._arrived):
-            descriptors.close(subscriber.descriptor)
+        # One may be in both.
+        for descriptor in {*self._members.all, *(one.descriptor for one in self._arrived)}:
+            descriptors.close(descriptor)
         self._reset()

@@ -71,6 +71,7 @@ class Subscriber:
         "group",
         "is_chunked",
         "is_half_closed",
+        "is_revoked",
         "moved",
         "offset",
         "owner",
@@ -97,6 +98,7 @@ class Subscriber:
         self.moved = 0.0
         self.is_chunked = is_chunked
         self.is_half_closed = False
+        self.is_revoked = False
         self.deadline = deadline
 
 
