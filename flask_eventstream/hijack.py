@@ -6,13 +6,20 @@ are read from the other end and go to the client over its own socket; the server
 its connection, logs, and closes what it has. It is the server that makes the head, whatever its
 version and its settings, and middleware sees a normal response.
 
+The connection ends with the stream, and the head says so, whatever the server wrote: a client that
+keeps connections must not send its next request on one that closes (RFC 9112, section 9.6). So
+nothing is lost with what came behind the request's head, a body that nobody has read or another
+request: the server forgets it, as it has to behind such a head.
+
 Whatever is not exactly as expected is given back: then the server has its client's socket again,
 and sends the response as any other.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import socket
 import sys
 import weakref
@@ -31,17 +38,22 @@ MAX_HEAD_BYTES = 64 * 1024
 nobody reads while the server writes. On Linux a pair holds 208 KiB."""
 
 _READ_BYTES = 256 * 1024
+_OF_CONNECTIONS = (b"", b"close", b"keep-alive", b"proxy-connection", b"upgrade")
+"""The fields, and the options of a connection, that say how it goes on."""
+
+_FOLDED = re.compile(rb"\r\n[ \t]+")
 
 
 class ServerSocket(NamedTuple):
     """The socket of a client, as a server has it.
 
     :ivar socket: the server's own object.
-    :ivar read_ahead: returns what the server has read behind the request; it may read on.
+    :ivar forget_rest: has the server take the request for read to its end, and forget what it has
+        read behind that. Only once it reads from the client no more.
     """
 
     socket: socket.socket
-    read_ahead: Callable[[], bytes]
+    forget_rest: Callable[[], object]
 
 
 class Hijacked(NamedTuple):
@@ -60,12 +72,13 @@ class Hijacked(NamedTuple):
 def server_socket(environ: Mapping[str, Any]) -> ServerSocket | None:
     """Return the socket of a request's client, if it can be taken out of the server.
 
-    That is not so where it carries TLS or HTTP/2, for HEAD, for a server that is not known, and
-    where the request's body was not read to its end by a server that would read on.
+    That is not so where it carries TLS or HTTP/2, for HEAD, and for a server that is not known.
+    Nothing else that a client chooses matters.
 
     :param environ: the WSGI environment.
     """
-    is_known = environ.get("SERVER_PROTOCOL") in ("HTTP/1.0", "HTTP/1.1")
+    # Servers take a client's HTTP/1.9 for 1.1 (RFC 9110, section 6.2).
+    is_known = str(environ.get("SERVER_PROTOCOL")).startswith("HTTP/1.")
     if not (descriptors.IS_AVAILABLE and is_known) or environ.get("REQUEST_METHOD") == "HEAD":
         return None
     try:
@@ -112,19 +125,34 @@ def _found_in(environ: Mapping[str, Any], body: Any) -> ServerSocket | None:
     if found is None:
         return None
     if "gunicorn.socket" in environ:
-        if not environ.get("wsgi.multithread"):
-            # The sync worker closes each connection, and so never reads on. To iterate would keep
-            # everybody else waiting, until gunicorn kills the worker with all its streams.
-            return ServerSocket(found, bytes)
-        if body.reader.length:
-            return None
-        return ServerSocket(found, body.reader.unreader.buf.getvalue)
+        # The sync worker closes each connection, and so never reads on.
+        reads_on = environ.get("wsgi.multithread")
+        return ServerSocket(found, _forgetter_in_gunicorn(body.reader) if reads_on else bool)
     if "werkzeug.socket" in environ:
         # It closes each connection too. With processes, the one that serves this request ends now.
-        return None if environ.get("wsgi.multiprocess") else ServerSocket(found, bytes)
-    if body.chunked_input or body.position < (body.content_length or 0):
-        return None
-    return ServerSocket(found, partial(body.rfile.peek, 1))
+        return None if environ.get("wsgi.multiprocess") else ServerSocket(found, bool)
+    return ServerSocket(found, partial(_forget_in_pywsgi, body, body.rfile.peek, body.rfile.read1))
+
+
+def _forgetter_in_gunicorn(reader: Any) -> Callable[[], None]:
+    # A reader of chunks has only the request.
+    unreader = getattr(reader, "unreader", None) or reader.req.unreader
+
+    def forget() -> None:
+        # Of the two, a reader looks at one.
+        reader.length, reader.parser = 0, None
+        unreader.buf = io.BytesIO()
+
+    return forget
+
+
+def _forget_in_pywsgi(
+    body: Any, peek: Callable[[int], bytes], read: Callable[[int], bytes]
+) -> None:
+    # For a body in chunks, that the last one was the current one.
+    body.content_length = body.chunk_length = 0
+    while ahead := peek(1):
+        read(len(ahead))
 
 
 def _is_plain(found: socket.socket) -> bool:
@@ -141,8 +169,10 @@ class HijackingBody:
 
     :param server: the socket as the server has it.
     :param body: the body to send; its first item is small.
-    :param hand_over: takes the client's socket, with what has to be sent first.
-    :param close: called at the end, unless the socket was handed over.
+    :param hand_over: takes the client's socket, with what has to be sent first. What it raises says
+        that it has not taken it.
+    :param then: called once it is taken. What it raises is the server's.
+    :param close: called at the end, once, unless the socket was handed over.
     """
 
     def __init__(
@@ -150,15 +180,17 @@ class HijackingBody:
         server: ServerSocket,
         body: Iterator[bytes],
         hand_over: Callable[[Hijacked], None],
+        then: Callable[[], object],
         close: Callable[[], None],
     ) -> None:
         self._server = server
         self._body = body
         self._hand_over = hand_over
+        self._then = then
         self._close = close
         self._first = b""
         self._pair: _Pair | None = None
-        self._is_handed_over = False
+        self._is_over = False
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -168,9 +200,9 @@ class HijackingBody:
             self._first = next(self._body)
             self._pair = _Pair.put_in_place_of(self._server)
             return self._first
-        if self._pair is not None and not self._is_handed_over:
+        if self._pair is not None and not self._is_over:
             self._hijack(self._pair)
-        if self._is_handed_over:
+        if self._is_over:
             raise StopIteration
         return next(self._body)
 
@@ -181,18 +213,30 @@ class HijackingBody:
             pair.give_back(written)
             self._pair = None
         else:
-            self._hand_over(Hijacked(pair.client.fileno(), written, is_chunked))
-            # Only now it is somebody else's. If that failed, close() closes it.
-            pair.client.detach()
-            self._is_handed_over = True
             # The server still writes a last chunk, and middleware that is a generator may have
             # closed this before, and let it go.
             weakref.finalize(pair.server, pair.ours.close).atexit = False
+            self._server.forget_rest()
+            self._give_away(pair.client, closing(written), is_chunked)
+
+    def _give_away(self, client: socket.socket, head: bytes, is_chunked: bool) -> None:
+        hijacked = Hijacked(client.fileno(), head, is_chunked)
+        # The number must never be closed by two, or the second one closes a connection that has
+        # got it meanwhile. So it has no object any more when somebody else gets it.
+        client.detach()
+        try:
+            self._hand_over(hijacked)
+        except BaseException:
+            descriptors.close(hijacked.descriptor)
+            raise
+        self._is_over = True
+        self._then()
 
     def close(self) -> None:
         """Close the response, unless its stream goes on elsewhere."""
-        if self._is_handed_over:
+        if self._is_over:
             return
+        self._is_over = True
         if self._pair is not None:
             self._pair.close()
         self._close()
@@ -215,17 +259,13 @@ class _Pair(NamedTuple):
             # The server reads the end of its connection from the start, and never waits.
             ours.shutdown(socket.SHUT_WR)
             ours.setblocking(False)
+            pair = cls(server.socket, client, ours)
             descriptor = server.socket.fileno()
             os.set_blocking(theirs.fileno(), os.get_blocking(descriptor))
             os.dup2(theirs.fileno(), descriptor, inheritable=False)
             theirs.close()
             unless_done.pop_all()
-        pair = cls(server.socket, client, ours)
-        if not server.read_ahead():
-            return pair
-        # A request that came with this one would be run, and its answer lost.
-        pair.give_back(b"")
-        return None
+        return pair
 
     def written(self) -> bytes:
         written = b""
@@ -253,3 +293,26 @@ def _is_chunked(written: bytes, first: bytes) -> bool | None:
     if b"transfer-encoding" not in fields:
         return False if body == first else None
     return True if body.lower() == framed(first, True).lower() else None
+
+
+def closing(written: bytes) -> bytes:
+    """Return an answer whose head says that the connection ends with it.
+
+    :param written: the answer as a server wrote it, with its whole head. Other options of the
+        connection stay, since they name fields that go no further than the next proxy.
+    """
+    head, blank, body = written.partition(b"\r\n\r\n")
+    status, *fields = _FOLDED.sub(b" ", head).split(b"\r\n")
+    kept, options = [status], [b"close"]
+    for field in fields:
+        name, _, value = field.partition(b":")
+        if (name := name.strip().lower()) == b"connection":
+            options += filter(_may_stay, map(bytes.strip, value.split(b",")))
+        elif _may_stay(name):
+            kept.append(field)
+    kept.append(b"Connection: " + b", ".join(options))
+    return b"\r\n".join(kept) + blank + body
+
+
+def _may_stay(name: bytes) -> bool:
+    return name.lower() not in _OF_CONNECTIONS

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
     from .hub import SocketHub
-    from .shutdown import Shutdown
 
 HEADERS = {
     # no-transform: a proxy that compresses would hold events back until its buffer is full.
@@ -133,8 +132,9 @@ class EventStreamResponse(Response):
             if server is not None:
                 # Whoever wants to know when the stream ends may need the whole response for that.
                 owner = self if self._has_closers else stream
-                hand_over = partial(_hand_over, shutdown_in_use(), hub, stream, owner)
-                return hijack.HijackingBody(server, iter(app_iter), hand_over, self.close)
+                hand_over = partial(_hand_over, hub, stream, owner)
+                watch = shutdown_in_use().watch
+                return hijack.HijackingBody(server, iter(app_iter), hand_over, watch, self.close)
         if isinstance(stream, SubscriptionBody) and stream.patience is not None:
             hijack.probe(environ, stream.patience)
         self._have_it_cut(environ)
@@ -194,7 +194,6 @@ def _has_own_dumps(provider: DefaultJSONProvider) -> bool:
 
 
 def _hand_over(
-    shutdown: Shutdown,
     hub: SocketHub,
     stream: SubscriptionBody,
     owner: SubscriptionBody | EventStreamResponse,
@@ -212,9 +211,9 @@ def _hand_over(
         hijacked.is_chunked,
         stream.deadline,
     )
-    hub.add(subscriber, stream.patience)
     stream.finish_by(partial(hub.end, subscriber))
-    shutdown.watch()
+    # The last step: what is raised behind it would have the socket closed that the hub has.
+    hub.add(subscriber, stream.patience)
 
 
 def _max_event_bytes() -> int:

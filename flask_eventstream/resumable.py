@@ -109,11 +109,10 @@ class Resumable:
             if request.method == "GET":
                 return come_again(state.config, SERVER_STOPS)
             raise ServiceUnavailable(SERVER_STOPS, retry_after=access.RETRY_AFTER)
-        # The view may want it when the request has ended, and the hub takes no socket that has a
-        # body left to read.
-        request.get_data(parse_form_data=True)
         is_return = cursor() is not None or "run" in request.args
         if request.method == "POST" and not is_return:
+            # The view may want it when the request has ended.
+            request.get_data(parse_form_data=True)
             with take_place(state, self._identify) as place:
                 self._start(state, Run(key, owner, self._encoder(), report_failure), source)
                 return self._attached(state, key, place)

@@ -22,6 +22,7 @@ from flask_eventstream.hijack import (
     Hijacked,
     HijackingBody,
     ServerSocket,
+    closing,
     probe,
     server_socket,
 )
@@ -30,7 +31,6 @@ from flask_eventstream.testing import client_stream
 
 from .hijack_apps import CHANGING, EARLIER, LIVE, PASSING
 from .roads import (
-    CLOSING,
     HIJACKABLE,
     KEEPING_ALIVE,
     NO_HEADERS,
@@ -166,8 +166,11 @@ def test_both_roads_send_the_same_bytes(sites: Sites, name: str, version: str) -
     iterated = play(site, "/iterated/stream", is_hijacked=False, version=version)
     assert numbered(hijacked.body) == numbered(iterated.body) == PLAYED
     assert hijacked.status == iterated.status == 200
-    assert hijacked.fields | {"date": ""} == iterated.fields | {"date": ""}
+    of_one = {"date": "", "connection": ""}
+    assert hijacked.fields | of_one == iterated.fields | of_one
     assert hijacked.fields.items() >= FIELDS.items()
+    # It ends with the stream. What the server iterates is the server's.
+    assert hijacked.fields["connection"] == "close" or name not in HIJACKABLE
 
 
 @pytest.mark.parametrize("target", ["/stream", "/iterated/stream"])
@@ -218,18 +221,6 @@ def test_head_is_answered_without_a_subscription(sites: Sites, name: str) -> Non
     assert head.status_code == 200
     assert fields_of(head).items() >= FIELDS.items()
     assert site.counts() == before
-
-
-@pytest.mark.parametrize("headers", [{}, {"Transfer-Encoding": "chunked"}])
-@pytest.mark.parametrize("name", HIJACKABLE)
-def test_with_a_body_that_the_view_does_not_read_the_server_keeps_its_socket(
-    sites: Sites, name: str, headers: dict[str, str]
-) -> None:
-    request: Any = {"method": "POST", "body": b"unread", "headers": headers}
-    # Who closes every connection never needs to know where the body ends.
-    is_hijacked = None if name in CLOSING else False
-    stream = play(sites(name), "/subscribe", is_hijacked=is_hijacked, **request)
-    assert numbered(stream.body) == PLAYED
 
 
 @pytest.mark.parametrize("target", ["/subscribe?gzip", "/subscribe?coding", "/zipped/stream"])
@@ -290,6 +281,16 @@ def test_a_body_that_the_view_has_read_is_no_obstacle(sites: Sites, name: str) -
     request: Any = {"method": "POST", "headers": {"Content-Type": "application/json"}}
     request["body"] = b'{"channel": "sse"}'
     stream = play(sites(name), "/subscribe?json", is_hijacked=True, **request)
+    assert numbered(stream.body) == PLAYED
+
+
+@pytest.mark.parametrize("headers", [{}, {"Transfer-Encoding": "chunked"}])
+@pytest.mark.parametrize("name", HIJACKABLE)
+def test_a_body_that_the_view_does_not_read_is_no_obstacle(
+    sites: Sites, name: str, headers: dict[str, str]
+) -> None:
+    request: Any = {"method": "POST", "body": b"unread", "headers": headers}
+    stream = play(sites(name), "/subscribe", is_hijacked=True, **request)
     assert numbered(stream.body) == PLAYED
 
 
@@ -575,16 +576,20 @@ class StandIn:
     def __init__(
         self,
         head: bytes = HEAD,
-        read_ahead: bytes = b"",
         take: Callable[[Hijacked], None] | None = None,
+        then: Callable[[], object] = bool,
     ) -> None:
         self._client, self.socket = socket.socketpair()
         self._client.settimeout(TIMEOUT)
         self._head = head
         self.taken: list[Hijacked] = []
-        self.closed = 0
-        server = ServerSocket(self.socket, lambda: read_ahead)
-        self.body = HijackingBody(server, iter(ITEMS), take or self.taken.append, self._close)
+        self.closed = self.forgotten = 0
+        server = ServerSocket(self.socket, self._forget_rest)
+        take = take or self.taken.append
+        self.body = HijackingBody(server, iter(ITEMS), take, then, self._close)
+
+    def _forget_rest(self) -> None:
+        self.forgotten += 1
 
     def _close(self) -> None:
         self.closed += 1
@@ -638,8 +643,9 @@ def test_the_socket_is_handed_over_with_what_the_server_wrote(
     server = stand_in(head)
     server.serve(frame)
     [hijacked] = server.taken
-    assert hijacked[1:] == (head + first, head is CHUNKED_HEAD)
-    assert server.closed == 0
+    closing_head = head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    assert hijacked[1:] == (closing_head + first, head is CHUNKED_HEAD)
+    assert (server.closed, server.forgotten) == (0, 1)
     os.write(hijacked.descriptor, b"from us")
     os.close(hijacked.descriptor)
     assert server.received() == b"from us"
@@ -663,19 +669,8 @@ def test_what_is_not_as_expected_is_given_back(
     server = stand_in(head)
     server.serve(frame)
     assert server.taken == []
-    assert server.closed == 1
+    assert (server.closed, server.forgotten) == (1, 0)
     assert server.received() == head + b"".join(map(frame, ITEMS)) + b"the end"
-
-
-def test_with_the_next_request_read_already_the_socket_is_given_back_at_once(
-    stand_in: Callable[..., StandIn],
-) -> None:
-    server = stand_in(read_ahead=b"GET /")
-    assert next(server.body) == b"first"
-    server.socket.sendall(b"straight to the client")
-    server.body.close()
-    assert (server.taken, server.closed) == ([], 1)
-    assert server.received() == b"straight to the client"
 
 
 def fail(*args: Any) -> Any:
@@ -701,6 +696,40 @@ def test_a_socket_that_nobody_could_take_is_closed(stand_in: Callable[..., Stand
     assert server.received() == b""
 
 
+ANSWERS = {
+    b"": b"",
+    b"Connection: keep-alive": b"",
+    b"CONNECTION:Keep-Alive": b"",
+    b"connection: close": b"",
+    b"Keep-Alive: timeout=5, max=100\r\nA: 1": b"\r\nA: 1",
+    b"Connection: keep-alive, Upgrade\r\nUpgrade: h2c": b"",
+    b"Connection: keep-alive\r\nA: 1\r\nConnection: close\r\nB: 2": b"\r\nA: 1\r\nB: 2",
+    b"Connection:\r\n keep-alive,\r\n\tclose\r\nA: 1": b"\r\nA: 1",
+    b"A: 1\r\n Connection: keep-alive": b"\r\nA: 1 Connection: keep-alive",
+    b"Proxy-Connection: keep-alive\r\nConnection : keep-alive": b"",
+    b"Connection: ,, keep-alive ,": b"",
+    b"X: Connection\r\nConnection-Id: 7": b"\r\nX: Connection\r\nConnection-Id: 7",
+}
+"""Fields of a head, and what is left of them in one that says that the connection ends."""
+
+
+@pytest.mark.parametrize("fields", ANSWERS)
+@pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"])
+def test_the_head_says_that_the_connection_ends_with_the_stream(
+    fields: bytes, version: bytes
+) -> None:
+    start, body = version + b" 200 OK", b"\r\n\r\nConnection: keep-alive\r\n\r\nbody"
+    kept = ANSWERS[fields]
+    wire = start + (b"\r\n" + fields if fields else b"") + body
+    assert closing(wire) == start + kept + b"\r\nConnection: close" + body
+
+
+def test_an_option_that_keeps_a_field_from_going_further_is_kept() -> None:
+    head = b"HTTP/1.1 200 OK\r\nConnection: Keep-Alive, X-Inside\r\nX-Inside: 1\r\n\r\n"
+    expected = b"HTTP/1.1 200 OK\r\nX-Inside: 1\r\nConnection: close, X-Inside\r\n\r\n"
+    assert closing(head) == expected
+
+
 # The servers that are known
 
 ENVIRON = {"SERVER_PROTOCOL": "HTTP/1.1", "REQUEST_METHOD": "GET", "wsgi.multithread": True}
@@ -712,13 +741,9 @@ def plain() -> Iterator[socket.socket]:
         yield one
 
 
-def gunicorn_input(length: int = 0, read_ahead: bytes = b"") -> Any:
-    unreader = SimpleNamespace(buf=io.BytesIO(read_ahead))
-    return SimpleNamespace(reader=SimpleNamespace(length=length, unreader=unreader))
-
-
-def of_gunicorn(found: socket.socket, **arguments: Any) -> dict[str, Any]:
-    return {**ENVIRON, "gunicorn.socket": found, "wsgi.input": gunicorn_input(**arguments)}
+def of_gunicorn(found: socket.socket) -> dict[str, Any]:
+    body = SimpleNamespace(reader=SimpleNamespace(length=0, unreader=SimpleNamespace()))
+    return {**ENVIRON, "gunicorn.socket": found, "wsgi.input": body}
 
 
 def of_werkzeug(found: socket.socket) -> dict[str, Any]:
@@ -743,29 +768,77 @@ def test_the_sockets_of_three_servers_are_known(plain: socket.socket, name: str)
     assert found.socket is plain
 
 
-def test_what_gunicorn_has_read_ahead_is_known(plain: socket.socket) -> None:
-    found = server_socket(of_gunicorn(plain, read_ahead=b"GET /"))
-    assert found is not None
-    assert found.read_ahead() == b"GET /"
+def rest_in_gunicorn(wire: bytes, body: bytes, size: int) -> bytes:
+    """Return what gunicorn still has to read of a request, of whose body a view has read a part.
 
-
-def test_what_pywsgi_has_read_ahead_is_known() -> None:
-    client, connection = socket.socketpair()
-    with client, connection:
-        client.sendall(b"GET /")
-        found = server_socket(of_pywsgi(connection, 0))
+    It forgets the rest before that.
+    """
+    parser = importlib.import_module("gunicorn.http.parser")
+    config = importlib.import_module("gunicorn.config").Config()
+    requests = parser.RequestParser(config, iter([wire + body]), ("127.0.0.1", 1))
+    request = next(requests)
+    request.body.read(size)
+    with socket.socket() as plain:
+        found = server_socket(of_gunicorn(plain) | {"wsgi.input": request.body})
         assert found is not None
-        assert found.read_ahead() == b"GET /"
+        found.forget_rest()
+    with pytest.raises(StopIteration):
+        next(requests)
+    rest: bytes = requests.unreader.read()
+    return rest
+
+
+def rest_in_pywsgi(wire: bytes, body: bytes, size: int) -> bytes:
+    pywsgi = importlib.import_module("gevent.pywsgi")
+    client, connection = socket.socketpair()
+    with client, connection, connection.makefile("rb") as file:
+        client.sendall(b"x" + body)
+        client.shutdown(socket.SHUT_WR)
+        file.read(1)
+        length = None if b"chunked" in wire else len(BODY)
+        request_body = pywsgi.Input(file, length, chunked_input=length is None)
+        request_body.read(size)
+        found = server_socket(ENVIRON | {"wsgi.input": request_body})
+        assert found is not None
+        found.forget_rest()
+        request_body._discard()
+        rest: bytes = file.read()
+    return rest
+
+
+def chunk_of(item: bytes) -> bytes:
+    return framed(item, True) + b"0\r\n\r\n"
+
+
+BODY = b"a body that nobody wants"
+REQUESTS = {
+    "nothing": (b"", b"", 0),
+    "a request": (b"", GREETING, 0),
+    "a body": (b"Content-Length: %d\r\n" % len(BODY), BODY + GREETING, 0),
+    "half a body": (b"Content-Length: %d\r\n" % len(BODY), BODY + GREETING, 9),
+    "chunks": (b"Transfer-Encoding: chunked\r\n", chunk_of(BODY) + GREETING, 0),
+    "half a chunk": (b"Transfer-Encoding: chunked\r\n", chunk_of(BODY) + GREETING, 9),
+}
+
+
+@pytest.mark.parametrize("rest_in", [rest_in_gunicorn, rest_in_pywsgi])
+@pytest.mark.parametrize("what", REQUESTS)
+def test_a_server_forgets_what_came_behind_the_head_of_a_stream(
+    rest_in: Callable[..., bytes], what: str
+) -> None:
+    fields, behind, size = REQUESTS[what]
+    wire = b"POST /stream HTTP/1.1\r\nHost: test\r\n" + fields + b"\r\n"
+    assert rest_in(wire, behind, size) == b""
 
 
 @pytest.mark.parametrize(
     "environ",
     [
         {"SERVER_PROTOCOL": "HTTP/2.0"},
+        {"SERVER_PROTOCOL": "HTTP/0.9"},
         {"SERVER_PROTOCOL": None},
         {"REQUEST_METHOD": "HEAD"},
-        {"wsgi.input": gunicorn_input(length=1)},
-        # As it is with a body in chunks, and with middleware around the input.
+        # As it is with middleware around the input.
         {"wsgi.input": SimpleNamespace(reader=object())},
         {"wsgi.input": io.BytesIO()},
         {"gunicorn.socket": None},
@@ -779,11 +852,6 @@ def test_what_does_not_look_as_gunicorns_is_not_hijacked(
 
 def test_a_process_that_werkzeug_forks_for_a_request_keeps_the_socket(plain: socket.socket) -> None:
     assert server_socket(of_werkzeug(plain) | {"wsgi.multiprocess": True}) is None
-
-
-def test_pywsgi_keeps_a_socket_with_a_body_that_was_not_read(plain: socket.socket) -> None:
-    assert server_socket(of_pywsgi(plain, 1)) is None
-    assert server_socket(of_pywsgi(plain, 0, chunked_input=True)) is None
 
 
 def test_a_socket_that_is_more_than_a_socket_is_not_hijacked() -> None:
