@@ -9,7 +9,8 @@ before: what they publish comes to our subscribers, and they get copies of what 
 
 Like Flask-SSE's, **the route is open to everybody, for every channel**, unless a
 ``before_request`` function of the blueprint or of the app refuses, or a function says who may read
-what (``@sse.authorize``).
+what (``@sse.authorize``). Beside an :class:`EventStream` it opens no more than that does: without
+such a function, the default channel alone.
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ class ServerSentEventsBlueprint(Rights):
     replacement, as it does in Flask-SSE: our broker could not be reached by it.
     """
 
+    is_open = True
+
     def __init__(self, name: str, import_name: str, **options: Any) -> None:
         super().__init__(name, import_name, **options)
         self._mutex = concurrency.new_mutex()
@@ -177,27 +180,33 @@ class ServerSentEventsBlueprint(Rights):
     def stream(self) -> Response:
         """Stream the channel that the current request names: ``?channel=news``; a view.
 
-        :returns: the response. Everybody may read every channel, unless the app's blueprints have
-            an ``authorize`` function.
+        :returns: the response. Everybody may read every channel, unless one of the app's
+            blueprints has an ``authorize`` function, or is an :class:`EventStream`.
         :raises BadRequest: 400, for a name that no channel can have.
+        :raises Forbidden: 403, for a channel that may not be read.
         :raises KeyError: if the configuration names no Redis server.
         """
         channel = request.args.get("channel") or DEFAULT_CHANNEL
         if _is_replaced():
+            self._check_may_read((channel,))
             return self._plain_stream(channel)
         state, bridge = self._of(app_in_use())
         try:
             names = _checked(channel, bridge)
         except InvalidFieldError as error:
             abort(400, str(error))
-        judges = self._judges()
-        if judges:
-            access.check_may_read(names, judges)
+        self._check_may_read(names)
         if request.method == "HEAD":
             return EventStreamResponse(())
-        if bridge is not None:
-            bridge.follow(channel)
-        return subscribed(state, self._user, names, 0, None)
+        follow = None if bridge is None else partial(bridge.follow, channel)
+        return subscribed(state, self._user, names, 0, None, follow=follow)
+
+    def _check_may_read(self, names: tuple[str, ...]) -> None:
+        state: State | None = current_app.extensions.get("eventstream")
+        blueprints = [self] if state is None else state.blueprints
+        judges = [] if self._authority is state is None else self._judges()
+        if judges or not all(one.is_open for one in blueprints):
+            access.check_may_read(names, judges)
 
     def _plain_stream(self, channel: str) -> Response:
         items = stream_with_context(map(str, self.messages(channel)))

@@ -95,13 +95,19 @@ def subscribed(
     snapshot: Callable[[], Any] | None,
     is_member: bool = False,
     member: str | None = None,
+    follow: Callable[[], None] | None = None,
 ) -> EventStreamResponse:
-    """Subscribe to channels, and return the response; see :meth:`EventStream.subscribe`."""
+    """Subscribe to channels, and return the response; see :meth:`EventStream.subscribe`.
+
+    :param follow: called once the place is taken, before the subscription begins.
+    """
     if state.shutdown.has_begun:
         return come_again(state.config, SERVER_STOPS)
     with ExitStack() as unless_kept:
         try:
             place = unless_kept.enter_context(take_place(state, identify))
+            if follow is not None:
+                follow()
             subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
         except BrokerUnavailableError as error:
             return come_again(state.config, error)

@@ -29,7 +29,10 @@ class Rights(Blueprint):
     :param name: the blueprint's name.
     :param import_name: the name of the module that it belongs to.
     :param options: what else a :class:`flask.Blueprint` takes.
+    :cvar is_open: whether all channels are open to everybody as long as nobody judges.
     """
+
+    is_open = False
 
     def __init__(self, name: str, import_name: str, **options: Any) -> None:
         super().__init__(name, import_name, **options)

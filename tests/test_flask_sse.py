@@ -283,6 +283,48 @@ def test_what_another_blueprint_guards_is_guarded(redis: RedisServer) -> None:
     close(app)
 
 
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_beside_an_event_stream_the_route_opens_no_more_than_that(
+    is_replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(EVENTSTREAM_BROKER_URL="memory://")
+    other = EventStream("other", "x")
+    # Whichever is registered first.
+    app.register_blueprint(other)
+    if is_replaced:
+        monkeypatch.setattr(flask_sse, "StrictRedis", type("Own", (), {}))
+    client = app.test_client()
+    for path in ("/events", "/stream"):
+        assert client.get(path, query_string={"channel": "user:1"}).status_code == 403
+        assert client.head(path).status_code == 200
+    other.authorize(lambda channel: channel == "user:1")
+    assert client.get("/events?channel=user:2").status_code == 403
+    assert client.head("/events?channel=user:1").status_code == 200
+    app.extensions["sse"].authorize(lambda channel: channel == "user:2")
+    assert client.head("/events?channel=user:2").status_code == 200
+
+
+def test_without_a_configuration_a_replaced_client_is_open_as_flask_sses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = create_app()
+    monkeypatch.setattr(flask_sse, "StrictRedis", type("Own", (), {}))
+    assert app.test_client().head("/events?channel=any").status_code == 200
+    app.extensions["sse"].authorize(lambda channel: False)
+    assert app.test_client().head("/events?channel=any").status_code == 403
+
+
+def test_who_finds_no_place_has_no_channel_heard(
+    apps: Callable[..., Flask], redis: RedisServer
+) -> None:
+    app = apps(EVENTSTREAM_MAX_SUBSCRIBERS=1)
+    with client_stream(app.test_client(), "/events?channel=first"):
+        assert app.test_client().get("/events?channel=second").status_code == 503
+        wait_for(lambda: redis.redis.pubsub_numsub("first")[0][1])
+        assert redis.redis.pubsub_numsub("second")[0][1] == 0
+    assert list(app.extensions["eventstream.flask_sse"]._followed) == ["first"]
+
+
 @pytest.mark.parametrize("channel", ["a\x00b", "x" * 256, "PREFIX0:notes", "PREFIX0:channel:a"])
 def test_names_that_are_the_brokers_own_or_no_names_are_refused(
     channel: str, apps: Callable[..., Flask]
