@@ -13,6 +13,7 @@ from .broker import DEFAULT_CHANNEL, channel_names
 from .errors import BrokerUnavailableError
 from .event import ServerSentEvent, to_json
 from .opening import come_again, subscribed
+from .refusals import refuses_what_is_sent
 from .response import EventStreamResponse, json_dumps
 from .resumable import METHODS, Resumable
 from .rights import Rights, allowed_names
@@ -60,6 +61,7 @@ class EventStream(Rights):
         for name in SCRIPTS:
             self.add_url_rule(f"/{name}", "script", self._script, defaults={"name": name})
 
+    @refuses_what_is_sent
     def publish(
         self,
         data: Any,
@@ -94,6 +96,7 @@ class EventStream(Rights):
         _tell_of(names, [event_id])
         return event_id
 
+    @refuses_what_is_sent
     def publish_many(
         self, events: Iterable[Any], channel: str | Iterable[str] = DEFAULT_CHANNEL
     ) -> list[str]:
@@ -110,6 +113,7 @@ class EventStream(Rights):
         _tell_of(names, event_ids)
         return event_ids
 
+    @refuses_what_is_sent
     def subscribe(
         self,
         *channels: str,
@@ -174,6 +178,7 @@ class EventStream(Rights):
 
         def decorate(view: View) -> View:
             @wraps(view)
+            @refuses_what_is_sent
             def respond(**arguments: Any) -> Any:
                 result = current_app.ensure_sync(view)(**arguments)
                 if not hasattr(result, "__next__"):
@@ -228,6 +233,7 @@ class EventStream(Rights):
 
         return decorate
 
+    @refuses_what_is_sent
     def last_event_id(self, channel: str = DEFAULT_CHANNEL) -> str:
         """Return the cursor of this moment, for a page to connect from.
 
@@ -236,6 +242,7 @@ class EventStream(Rights):
         """
         return current_state().broker.last_event_id(channel)
 
+    @refuses_what_is_sent
     def subscriber_count(self, channel: str | None = None) -> int:
         """Return how many subscribers a channel has, or the whole broker without a channel.
 
@@ -243,6 +250,7 @@ class EventStream(Rights):
         """
         return current_state().broker.subscriber_count(channel)
 
+    @refuses_what_is_sent
     def present(self, channel: str = DEFAULT_CHANNEL) -> list[str]:
         """Return the names of those who are present on a channel, sorted; of all processes.
 
@@ -252,6 +260,7 @@ class EventStream(Rights):
         channel_names(channel)
         return current_state().members.present(channel)[1]
 
+    @refuses_what_is_sent
     def disconnect(self, channel: str) -> int:
         """End every stream that reads a channel, and return how many there were.
 

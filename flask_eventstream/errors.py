@@ -37,6 +37,7 @@ class TooLargeError(EventStreamError, ValueError):
         self.field = field
         self.value = value
         self.limit = limit
+        self.advice = advice
 
 
 class ConfigurationError(EventStreamError, ValueError):

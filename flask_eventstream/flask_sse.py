@@ -29,6 +29,7 @@ from .event import ServerSentEvent
 from .flask_sse_bridge import Bridge
 from .opening import subscribed
 from .redis_link import LOST, StrictRedis
+from .refusals import refuses_what_is_sent
 from .response import EventStreamResponse
 from .rights import Rights
 from .signals import event_published
@@ -127,6 +128,7 @@ class ServerSentEventsBlueprint(Rights):
         """
         return StrictRedis.from_url(_needed_url(app_in_use()))
 
+    @refuses_what_is_sent
     def publish(
         self,
         data: Any,

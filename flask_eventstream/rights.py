@@ -10,6 +10,7 @@ from . import access
 from .broker import DEFAULT_CHANNEL, channel_names
 from .errors import TooLargeError
 from .opening import current_token
+from .refusals import refuses_what_is_sent
 from .state import current_state
 from .tokens import new_token, signed
 
@@ -63,6 +64,7 @@ class Rights(Blueprint):
         self._identify = function
         return function
 
+    @refuses_what_is_sent
     def token(self, *channels: str, max_age: float = 3600, user: Any = None, **claims: Any) -> str:
         """Sign the right to read some channels, and return the token: text that is safe in a URL.
 

@@ -19,6 +19,7 @@ WITH_FLASK = {
     "flask_sse",
     "generator_stream",
     "opening",
+    "refusals",
     "response",
     "resumable",
     "rights",
