@@ -219,6 +219,17 @@ def current_greenlet() -> Any:
     return sys.modules["gevent.hub"].getcurrent() if runs_in_greenlet() else None
 
 
+def ends_thread(error: BaseException) -> bool:
+    """Tell whether an error is meant to end a thread, a greenlet or the process.
+
+    Every other one is a failure, whatever its class: ``gevent.Timeout`` is no ``Exception``.
+    """
+    if isinstance(error, (GeneratorExit, KeyboardInterrupt, SystemExit)):
+        return True
+    greenlet = sys.modules.get("greenlet")
+    return greenlet is not None and isinstance(error, greenlet.GreenletExit)
+
+
 def throw_into(greenlet: Any, error: BaseException, is_wanted: Callable[[], bool]) -> None:
     """Raise an error where a greenlet waits, if that is still wanted when its turn comes."""
 

@@ -5,25 +5,17 @@ It runs in the thread or greenlet that serves it, or, with heartbeats, on one of
 
 from __future__ import annotations
 
-import contextvars
 import sys
 import traceback
 from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from flask import (
-    copy_current_request_context,
-    current_app,
-    g,
-    got_request_exception,
-    has_app_context,
-    has_request_context,
-    stream_with_context,
-)
+from flask import current_app, got_request_exception, has_app_context
 
+from . import concurrency
 from .body import Silence
 from .config import check_seconds
+from .contexts import StreamContext, carried, unwrapped
 from .event import HEARTBEAT
 from .producer import END, NOTHING, Producers, ticks
 from .shutdown import Shutdown, StreamStopped, Turn
@@ -39,13 +31,14 @@ _WITHOUT_BLUEPRINT = "eventstream.shutdown"
 def merge(*sources: Iterable[Any]) -> Iterator[Any]:
     """Yield the items of several iterables in the order in which they come.
 
-    Each source runs on a thread or greenlet of its own with a copy of the request's context. One
-    that is 16 items ahead of the client waits. What a source raises is raised here, and the others
-    are closed at their next item, as they are when the client leaves.
+    Each source runs on a thread or greenlet of its own, with an app context of its own; see the
+    page about generator streams for what it has of the request. One that is 16 items ahead of the
+    client waits. What a source raises is raised here, and the others are closed at their next item,
+    as they are when the client leaves.
 
     :param sources: the iterables; an endless one is fine.
     """
-    producers = Producers(sources, carry_context)
+    producers = Producers(map(unwrapped, sources), carried)
     shutdown = shutdown_in_use() if has_app_context() else None
     if shutdown is not None:
         shutdown.enter(producers)
@@ -74,31 +67,10 @@ def interval(seconds: float) -> Iterator[int]:
     return ticks(seconds, shutdown_in_use().sleep) if has_app_context() else ticks(seconds)
 
 
-def carry_context(function: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a function to run on another thread as it would here.
-
-    It gets the context variables, a copy of the request's context, and what ``g`` has.
-    """
-    context = contextvars.copy_context()
-    if not has_request_context():
-        return partial(context.run, function)
-    values = {name: g.get(name) for name in g}
-
-    @copy_current_request_context
-    def run() -> None:
-        for name, value in values.items():
-            setattr(g, name, value)
-        function()
-
-    return partial(context.run, run)
-
-
-def body_of(
-    stream: Iterable[Any], encoder: StreamFormat, heartbeat: float | None
-) -> Generator[bytes, None, None]:
+def body_of(stream: Iterable[Any], encoder: StreamFormat, heartbeat: float | None) -> GeneratorBody:
     """Return what a server sends of a stream; see :class:`EventStreamResponse`.
 
-    :param stream: the items.
+    :param stream: the items. What it raises before the first one is raised here.
     :param encoder: makes bytes of them.
     :param heartbeat: the longest silence, in seconds; ``None`` if it does not matter.
     """
@@ -107,11 +79,62 @@ def body_of(
         raise TypeError(f"the stream is a {what}; give an iterable of items, such as a generator")
     shutdown, turn = shutdown_in_use(), Turn()
     items = _encoded(stream, encoder, shutdown, turn)
-    if heartbeat is not None:
-        check_seconds("heartbeat", heartbeat)
-        return _with_heartbeats(items, encoder, shutdown, heartbeat)
-    shutdown.enter(turn, is_generated=True)
-    return cast("Generator[bytes, None, None]", stream_with_context(items))
+    if heartbeat is None:
+        shutdown.enter(turn, is_generated=True)
+        return GeneratorBody(items, turn, is_whole=True)
+    check_seconds("heartbeat", heartbeat)
+    beats = _with_heartbeats(items, encoder, shutdown, turn, heartbeat)
+    return GeneratorBody(beats, turn, is_whole=False)
+
+
+class GeneratorBody:
+    """The body of a generator stream, in the contexts of the current request.
+
+    :param items: what is sent. The first one is taken at once.
+    :param turn: knows what the view has raised.
+    :param is_whole: whether the view runs where the server iterates this, and so needs the
+        request until the end.
+    """
+
+    def __init__(self, items: Generator[bytes, None, None], turn: Turn, *, is_whole: bool) -> None:
+        self._items = items
+        self._turn = turn
+        self._context = StreamContext()
+        self._run = self._context.run
+        self._is_whole = is_whole
+        self._first: bytes | None = self._run(next, items)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        try:
+            return self._run(next, self._items)
+        except BaseException:
+            # It is over. Not every server closes what it has iterated to its end.
+            self.close()
+            raise
+
+    def hold(self) -> None:
+        """Put off the end of the request, as a server is about to send the stream."""
+        if self._is_whole:
+            self._context.hold()
+
+    def close(self) -> None:
+        """Close the stream, and end the request that was put off; more than once is fine."""
+        try:
+            self._run(self._items.close)
+        finally:
+            self._context.release(self._turn.error)
+            # It has the frames of the view, and they may have this.
+            self._turn.error = None
+
+    def __del__(self) -> None:
+        # Who drops it without closing it must not leave the request without its end.
+        self.close()
 
 
 def shutdown_in_use() -> Shutdown:
@@ -146,10 +169,11 @@ def _encoded(
     except StreamStopped:
         turn.is_producing = False
         yield encoder.stopped(shutdown.farewell())
-    except Exception as error:
-        if not has_started:
-            raise
+    except BaseException as error:
         turn.is_producing = False
+        turn.error = error
+        if not has_started or concurrency.ends_thread(error):
+            raise
         yield encoder.error(report_failure(error))
     finally:
         shutdown.leave(turn)
@@ -157,10 +181,16 @@ def _encoded(
 
 
 def _with_heartbeats(
-    items: Iterator[bytes], encoder: StreamFormat, shutdown: Shutdown, heartbeat: float
+    items: Iterator[bytes],
+    encoder: StreamFormat,
+    shutdown: Shutdown,
+    turn: Turn,
+    heartbeat: float,
 ) -> Generator[bytes, None, None]:
-    report = copy_current_request_context(report_failure)
-    producers = Producers([items], carry_context)
+    def carry(produce: Callable[[], BaseException | None]) -> Callable[[], object]:
+        return carried(lambda: produce() or turn.error)
+
+    producers = Producers([items], carry)
     silence = Silence(heartbeat)
     has_started = False
     shutdown.enter(producers, is_generated=True)
@@ -170,11 +200,11 @@ def _with_heartbeats(
             has_started = True
         if producers.is_stopped:
             yield encoder.stopped(shutdown.farewell())
-    except Exception as error:
+    except BaseException as error:
         # Only what fails before the first item gets here, and the head may have left by then.
-        if not has_started:
+        if not has_started or concurrency.ends_thread(error):
             raise
-        yield encoder.error(report(error))
+        yield encoder.error(report_failure(error))
     finally:
         shutdown.leave(producers)
         producers.close()

@@ -34,21 +34,22 @@ class Producers:
     handed over by the producing thread itself, the failure of its source included.
 
     :param sources: the iterables; they are started, iterated and closed on their own threads.
-    :param carry: wraps what runs on such a thread, to give it the caller's contexts.
+    :param carry: wraps what runs on such a thread, to give it contexts. What is wrapped returns the
+        error that it has ended with.
     :ivar is_stopped: whether items are left since the server stops.
     """
 
     def __init__(
         self,
         sources: Iterable[Iterable[Any]],
-        carry: Callable[[Callable[[], None]], Callable[[], None]],
+        carry: Callable[[Callable[[], BaseException | None]], Callable[[], object]],
     ) -> None:
         self._items: deque[tuple[_Producer, Any]] = deque()
         self._ready = concurrency.new_event()
         self._is_closed = self.is_stopped = False
         self._running = [_Producer(self, source) for source in sources]
         for producer in self._running:
-            concurrency.spawn(carry(producer.run))
+            concurrency.spawn(producer.run, carry(producer.produce))
 
     def get(self, timeout: float | None = None) -> Any:
         """Return the next item of any source; :data:`END` after the last one of all.
@@ -102,7 +103,14 @@ class _Producer:
         self._is_stopped = False
         self._room = concurrency.new_event()
 
-    def run(self) -> None:
+    def run(self, produce: Callable[[], object]) -> None:
+        try:
+            produce()
+        finally:
+            # A producer as the item of itself is its end. By then its contexts are torn down.
+            self._owner.hand_over(self, self)
+
+    def produce(self) -> BaseException | None:
         try:
             for item in self._source:
                 if not self._wait_for_room() or not self._owner.hand_over(self, item):
@@ -110,10 +118,8 @@ class _Producer:
                 self._given += 1
         except BaseException as error:  # noqa: BLE001  # it is raised where the items are taken
             self._error = error
-        finally:
-            close_source(self._source)
-            # A producer as the item of itself is its end.
-            self._owner.hand_over(self, self)
+        close_source(self._source)
+        return self._error
 
     def _wait_for_room(self) -> bool:
         while True:
@@ -137,7 +143,7 @@ class _Producer:
             raise self._error
 
 
-def close_source(source: Iterable[Any]) -> None:
+def close_source(source: object) -> None:
     """Close what a producer iterated, if it can be closed. If that fails, it is logged."""
     close = getattr(source, "close", None)
     if close is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache, partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 from flask import Response, current_app, request
@@ -17,9 +16,10 @@ from flask.json.provider import DefaultJSONProvider
 
 from . import hijack
 from .body import ShortBody, SubscriptionBody
+from .contexts import RequestEnd, unwrapped
 from .event import MAX_EVENT_BYTES
 from .format import FINISHED_ID, stream_format
-from .generator_stream import body_of, close_stream, shutdown_in_use
+from .generator_stream import GeneratorBody, body_of, close_stream, shutdown_in_use
 from .subscriber import Subscriber, framed
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class EventStreamResponse(Response):
     # What asks for the whole body of an endless stream gets an error and not a hung worker.
     implicit_sequence_conversion = False
     _hub: SocketHub | None = None
+    _generated: GeneratorBody | None = None
     _has_closers = False
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
@@ -91,7 +92,7 @@ class EventStreamResponse(Response):
     ) -> None:
         # No sequence, or werkzeug would say that the stream has no content.
         body: Iterable[bytes] = iter(())
-        to_close: Iterable[Any] = stream
+        to_close: Iterable[Any] = unwrapped(stream)
         if isinstance(stream, SubscriptionBody):
             body = stream
             self._hub = current_app.extensions["eventstream"].hub
@@ -102,8 +103,7 @@ class EventStreamResponse(Response):
             status = 204
         elif request.method != "HEAD":
             encoder = stream_format(format, json_dumps(), _max_event_bytes())
-            to_close = items = body_of(stream, encoder, heartbeat)
-            body = chain((next(items),), items)
+            body = to_close = self._generated = body_of(to_close, encoder, heartbeat)
         super().__init__(body, status, headers)
         for name, value in HEADERS.items():
             self.headers.setdefault(name, value)
@@ -111,6 +111,8 @@ class EventStreamResponse(Response):
             del self.headers["Content-Type"]
         # The body would be closed only by a server that has begun to iterate it.
         super().call_on_close(partial(close_stream, to_close))
+        self._request_end = RequestEnd.of_request()
+        self._request_end.add(self)
 
     def call_on_close(self, func: Callable[[], Any]) -> Callable[[], Any]:
         """Have a function called when the stream ends."""
@@ -125,6 +127,10 @@ class EventStreamResponse(Response):
     def get_app_iter(self, environ: WSGIEnvironment) -> Iterable[bytes]:
         """Return the body for a WSGI server: the place where its road is chosen."""
         app_iter = super().get_app_iter(environ)
+        if app_iter != ():
+            self._request_end.take(self)
+            if self._generated is not None:
+                self._generated.hold()
         stream, hub = self.response, self._hub
         # Both may be something else: the body after an after_request function, and () for HEAD.
         if hub is not None and isinstance(stream, SubscriptionBody) and app_iter != ():

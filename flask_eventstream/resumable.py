@@ -17,9 +17,10 @@ from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 from . import access
 from .body import ShortBody
 from .config import check_seconds
+from .contexts import carried
 from .errors import BrokerUnavailableError, ConfigurationError
 from .format import stream_format
-from .generator_stream import carry_context, report_failure
+from .generator_stream import report_failure
 from .opening import SERVER_STOPS, come_again, open_stream, opening, take_place
 from .response import HEADERS, EventStreamResponse, cursor, json_dumps
 from .run import Run
@@ -130,7 +131,9 @@ class Resumable:
             busy = self._find(state, run.key)
             if busy is None or not busy.is_active:
                 self._check_limits(state, run)
-                if state.runs.begin(run, source, carry_context):
+                # A run outlives its request, after which the server reads the next one.
+                request.get_data(parse_form_data=True)
+                if state.runs.begin(run, source, carried):
                     run.wait(self._heartbeat or state.config.heartbeat)
                     return
             elif self._on_busy == "attach":

@@ -101,12 +101,15 @@ class Run:
         self.started.set()
         self._room.set()
 
-    def produce(self, source: Iterable[Any], hand_over: Callable[[Run], None]) -> None:
-        """Run the producer to its end; on a thread or greenlet of its own.
+    def produce(
+        self, source: Iterable[Any], hand_over: Callable[[Run], None]
+    ) -> BaseException | None:
+        """Run the producer to its end, and return what it raised; on a thread of its own.
 
         :param source: what it yields.
         :param hand_over: has the joiner look at this run.
         """
+        raised: BaseException | None = None
         try:
             for item in source:
                 if not self.is_over:
@@ -117,10 +120,12 @@ class Run:
         except StreamStopped:
             end = self._ending(LOST)
         except BaseException as error:  # noqa: BLE001  # its clients must hear of it, whatever it is
+            raised = error
             end = self._failure(error)
         close_source(source)
         self._events.append(end)
         hand_over(self)
+        return raised
 
     def _take(self, item: Any, hand_over: Callable[[Run], None]) -> None:
         if item is None:

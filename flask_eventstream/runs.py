@@ -74,13 +74,13 @@ class Runs:
         self,
         run: Run,
         source: Iterable[Any],
-        carry: Callable[[Callable[[], None]], Callable[[], None]],
+        carry: Callable[[Callable[[], BaseException | None]], Callable[[], object]],
     ) -> bool:
         """Begin a run, unless another one of its key is active; tell whether it did.
 
         :param run: the run.
         :param source: what its producer yields.
-        :param carry: wraps what runs on a thread of its own, to give it the caller's contexts.
+        :param carry: wraps what runs on a thread of its own, to give it contexts.
         :raises BrokerUnavailableError: if the broker's server does not answer.
         :raises RuntimeError: if no thread can be started.
         """
@@ -121,9 +121,9 @@ class Runs:
             in_greenlet=self._is_greenlet,
         )
 
-    def _produce(self, run: Run, source: Iterable[Any]) -> None:
+    def _produce(self, run: Run, source: Iterable[Any]) -> BaseException | None:
         try:
-            run.produce(source, self._hand_over)
+            return run.produce(source, self._hand_over)
         finally:
             del self._active[run.id]
             self._joiner.ring()

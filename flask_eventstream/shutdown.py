@@ -66,13 +66,15 @@ class Turn:
     """A generator stream, of which it is known whether the view or the server has its turn.
 
     :ivar is_producing: whether the view has it.
+    :ivar error: what the view has raised; ``None`` for nothing.
     """
 
-    __slots__ = ("_greenlet", "is_producing")
+    __slots__ = ("_greenlet", "error", "is_producing")
 
     def __init__(self) -> None:
         self._greenlet = concurrency.current_greenlet()
         self.is_producing = True
+        self.error: BaseException | None = None
 
     def stop(self) -> None:
         """Throw the view out of its wait, if it is a greenlet's; a thread's ends at its next item.

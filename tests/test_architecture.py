@@ -16,6 +16,7 @@ WITH_FLASK = {
     "access",
     "blueprint",
     "cli",
+    "contexts",
     "flask_sse",
     "generator_stream",
     "opening",

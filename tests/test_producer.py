@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-def as_it_is(function: Callable[[], None]) -> Callable[[], None]:
+def as_it_is(function: Callable[[], object]) -> Callable[[], object]:
     return function
 
 
