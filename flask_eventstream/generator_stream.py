@@ -129,8 +129,9 @@ class GeneratorBody:
             self._run(self._items.close)
         finally:
             self._context.release(self._turn.error)
-            # It has the frames of the view, and they may have this.
-            self._turn.error = None
+            if self._is_whole:
+                # It has the frames of the view, and they may have this.
+                self._turn.error = None
 
     def __del__(self) -> None:
         # Who drops it without closing it must not leave the request without its end.

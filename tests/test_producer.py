@@ -144,7 +144,7 @@ def test_the_end_comes_even_if_closing_a_source_wants_to_end_the_thread() -> Non
 def test_a_source_runs_with_what_is_carried_over() -> None:
     carried: list[str] = []
 
-    def carry(function: Callable[[], None]) -> Callable[[], None]:
+    def carry(function: Callable[[], object]) -> Callable[[], object]:
         carried.append("wrapped")
         return function
 
