@@ -181,11 +181,12 @@ def _run_with(
     function: Producer,
 ) -> None:
     own = app.app_context()
-    own.push()
     if left:
-        own.g.__class__ = type("CarriedGlobals", (own.g.__class__,), {"__getattr__": _refuse(left)})
+        kind = type("CarriedGlobals", (app.app_ctx_globals_class,), {"__getattr__": _refuse(left)})
+        own.g = kind()
     for name, value in values.items():
         setattr(own.g, name, value)
+    own.push()
     error = None
     try:
         error = function()
@@ -242,7 +243,7 @@ def _plain(value: Any) -> Any:
         return copied
     # The rows of databases.
     if issubclass(kind, Sequence) and not issubclass(kind, MutableSequence):
-        any(map(_plain, value))
+        list(map(_plain, value))
         return value
     raise TypeError
 

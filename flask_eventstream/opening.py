@@ -149,13 +149,18 @@ def open_stream(
     time_left = access.time_left()
     if time_left is not None:
         body.deadline = min(body.deadline, time.monotonic() + time_left)
-    subscriber_connected.send(
-        state.app,
-        channels=subscription.channels,
-        last_event_id=cursor(),
-        connection=connection_id(body),
-    )
-    return EventStreamResponse(body)
+    try:
+        subscriber_connected.send(
+            state.app,
+            channels=subscription.channels,
+            last_event_id=cursor(),
+            connection=connection_id(body),
+        )
+        return EventStreamResponse(body)
+    except BaseException:
+        # The error's traceback has it, and may be garbage only later.
+        body.close()
+        raise
 
 
 def opening(config: Config) -> bytes:
