@@ -18,6 +18,7 @@ import contextvars
 import datetime
 import inspect
 import logging
+import weakref
 from collections.abc import MutableSequence, Sequence
 from contextlib import ExitStack, suppress
 from copy import copy
@@ -106,7 +107,8 @@ class RequestEnd:
         self._mutex = concurrency.new_mutex()
         self._users = 1
         self._is_torn_down = False
-        self._responses: list[Response] = []
+        # A response that is garbage before has done the same by itself.
+        self._responses: weakref.WeakSet[Response] = weakref.WeakSet()
 
     @classmethod
     def of_request(cls) -> RequestEnd:
@@ -119,16 +121,16 @@ class RequestEnd:
 
     def add(self, response: Response) -> None:
         """Close a response when the request ends, unless it is taken until then."""
-        self._responses.append(response)
+        self._responses.add(response)
 
     def take(self, response: Response) -> None:
         """Take note that a server has a response, and closes it."""
-        self._responses = [one for one in self._responses if one is not response]
+        self._responses.discard(response)
 
     def __call__(self) -> None:
         """Close what no server has taken, and the files once nobody uses them."""
-        responses, self._responses = self._responses, []
-        for response in responses:
+        for response in tuple(self._responses):
+            self.take(response)
             close_source(response)
         # A test client that preserves contexts has them torn down twice.
         is_torn_down, self._is_torn_down = self._is_torn_down, True
