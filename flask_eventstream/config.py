@@ -99,9 +99,9 @@ class Config:
         so that they need no thread and no greenlet.
     :param key_prefix: what the names of all keys in Redis begin with. All processes of an app have
         to have the same one.
-    :param max_runs: how many runs a process may have at once; a POST beyond that is 429. Without
-        Redis, as many that have ended are kept.
-    :param max_runs_per_owner: and how many of one owner.
+    :param max_runs: how many runs a process may have at once whose producers go on; a POST beyond
+        that is 429. Without Redis, as many that have ended are kept.
+    :param max_runs_per_owner: and how many of one owner; with Redis, of all processes together.
     :param max_run_bytes: how much of a run's log is kept, in bytes. Who comes when its beginning
         is gone gets a ``reset``.
     :param run_seconds: how long a run can be read after its end, in seconds.

@@ -19,6 +19,7 @@ from .channels import Channels, ChannelSet, read
 from .errors import BrokerClosedError
 from .event import MAX_EVENT_BYTES
 from .history import Entry, History, in_order, joined
+from .run_registry import MAX_RUNS_PER_OWNER
 from .subscription import Subscription
 
 if TYPE_CHECKING:
@@ -110,12 +111,19 @@ class LocalBroker(Broker):
         return self._open((LOG_PREFIX + run,), None, sys.maxsize)
 
     @abstractmethod
-    def registry(self, seconds: float, lease: float, max_ended: int) -> RunRegistry:
+    def registry(
+        self,
+        seconds: float,
+        lease: float,
+        max_ended: int,
+        max_per_owner: int = MAX_RUNS_PER_OWNER,
+    ) -> RunRegistry:
         """Return what knows of the runs whose logs are this broker's.
 
         :param seconds: how long a run is kept after its end, in seconds.
         :param lease: how long a producer that is not heard of counts as alive, in seconds.
         :param max_ended: how many runs that have ended this process keeps at most.
+        :param max_per_owner: how many runs one owner may have, in all processes.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from .event import with_id
 from .history import Entry
 from .local_broker import LOG_PREFIX, MINTED_HINT, LocalBroker, seq_of_minted
 from .members import MemoryMembers
-from .run_registry import MemoryRegistry
+from .run_registry import MAX_RUNS_PER_OWNER, MemoryRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,10 +85,16 @@ class MemoryBroker(LocalBroker):
         """Return how many subscriptions there are; see :meth:`Broker.subscriber_count`."""
         return self._own_count(channel)
 
-    def registry(self, seconds: float, lease: float, max_ended: int) -> MemoryRegistry:
+    def registry(
+        self,
+        seconds: float,
+        lease: float,
+        max_ended: int,
+        max_per_owner: int = MAX_RUNS_PER_OWNER,
+    ) -> MemoryRegistry:
         """Return what knows of the runs; see :meth:`LocalBroker.registry`."""
         # No lease: who could be told that this process is gone is gone with it.
-        return MemoryRegistry(self, seconds, max_ended, self._clock)
+        return MemoryRegistry(self, seconds, max_ended, max_per_owner, self._clock)
 
     def members(self, seconds: float) -> MemoryMembers:
         """Return what knows who is present; see :meth:`LocalBroker.members`."""

@@ -21,6 +21,7 @@ from .redis_reader import RedisReader
 from .redis_runs import RedisRegistry
 from .redis_scripts import PUBLISH, Keys, Script
 from .revocations import RevocationLog
+from .run_registry import MAX_RUNS_PER_OWNER
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -211,10 +212,16 @@ class RedisBroker(LocalBroker):
             self._prepare(names, f"{run}.{last}")
             return super().subscribe_log(run, last)
 
-    def registry(self, seconds: float, lease: float, max_ended: int) -> RedisRegistry:
+    def registry(
+        self,
+        seconds: float,
+        lease: float,
+        max_ended: int,
+        max_per_owner: int = MAX_RUNS_PER_OWNER,
+    ) -> RedisRegistry:
         """Return what knows of the runs, which Redis keeps; see :meth:`LocalBroker.registry`."""
-        limit = self._max_run_bytes
-        return RedisRegistry(self._link, self._keys, self.local_count, seconds, lease, limit)
+        limits = self._max_run_bytes, max_per_owner
+        return RedisRegistry(self._link, self._keys, self.local_count, seconds, lease, *limits)
 
     def members(self, seconds: float) -> RedisMembers:
         """Return what knows who is present, which Redis keeps; see :meth:`LocalBroker.members`."""

@@ -137,7 +137,10 @@ class RedisLink:
         return self._attempt(run, begin)
 
     def call_many(
-        self, script: Script, calls: Sequence[tuple[Sequence[bytes], Sequence[Any]]]
+        self,
+        script: Script,
+        calls: Sequence[tuple[Sequence[bytes], Sequence[Any]]],
+        begin: float | None = None,
     ) -> list[Any]:
         """Run a script more than once in one go, and return what each has replied.
 
@@ -145,20 +148,21 @@ class RedisLink:
 
         :param script: the script.
         :param calls: of each, its keys and its arguments.
+        :param begin: see :meth:`call`.
         :raises BrokerUnavailableError: as :meth:`call`.
         """
         commands = [
             ("EVALSHA", script.sha, len(keys), *keys, *arguments) for keys, arguments in calls
         ]
         try:
-            return self.pipeline(commands)
+            return self.pipeline(commands, begin)
         except BrokerUnavailableError as error:
             if not isinstance(error.__cause__, redis.exceptions.NoScriptError):
                 raise
         # A new server, or one that was restarted. One call with the whole text, and it has it.
         keys, arguments = calls[0]
-        self.pipeline([("EVAL", script.text, len(keys), *keys, *arguments)])
-        return self.pipeline(commands)
+        self.pipeline([("EVAL", script.text, len(keys), *keys, *arguments)], begin)
+        return self.pipeline(commands, begin)
 
     def pipeline(
         self, commands: Sequence[tuple[Any, ...]], begin: float | None = None

@@ -5,10 +5,17 @@
     how much its log has. It expires some time after the run has ended, or was given up.
 ``eventstream:0:producer:<token>``
     The lease of a process that has active runs. Without it nothing is written for them.
+``eventstream:0:owner:<digest>``
+    A sorted set: the runs of an owner whose producers have not ended, and until when each counts by
+    the time of Redis (ms) if its process is not heard of any more.
 
 The log of a run is a channel. What is written to it changes the hash in the same step, and only if
 the run is active and, for its producer, the lease is there. So a process that stood still for too
 long, and comes to life again, finds its writes refused.
+
+A run is begun, counted for its owner, and its process' lease taken, in one step. A lease that has
+ended is never taken again, as the runs that had it are lost: the process takes its next one, which
+it has told with each call, so that calls at the same moment take the same.
 
 A lease has to be renewed before it ends, and its end has to be seen, before ``lease`` seconds are
 over: it ends after four fifths of them, is renewed each fifth, and looked at each tenth.
@@ -19,13 +26,22 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from typing import TYPE_CHECKING, Any, NamedTuple
+import time
+from typing import TYPE_CHECKING, Any
 
 from . import concurrency
 from .errors import BrokerUnavailableError
 from .local_broker import LOG_PREFIX
 from .redis_scripts import APPEND, STATE, Script
-from .run_registry import ACTIVE, LOST, RunRegistry, Standing, Write
+from .run_registry import (
+    ACTIVE,
+    LOST,
+    MAX_RUNS_PER_OWNER,
+    NoRoomError,
+    RunRegistry,
+    Standing,
+    Write,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -36,31 +52,61 @@ if TYPE_CHECKING:
 _MOST_ENTRIES = 1_000_000
 """More than fit into a log: it is its size in bytes that bounds it."""
 
-_NO_LEASE = b"no lease"
 _TORN = b"torn"
 _logger = logging.getLogger(__name__)
 
 BEGIN = """
--- Begins a run. KEYS: 1 its hash, 2 the lease.
--- ARGV: 1 the run, 2 the token of the producer, 3 how long to wait for its first write (ms).
--- Returns 1, or 0 if another one is active, or 'no lease'.
-if redis.call('EXISTS', KEYS[2]) == 0 then
-  return 'no lease'
+-- Begins a run. KEYS: 1 its hash, 2 the lease of its process, 3 the next one, which it takes if
+-- that has ended, 4 the runs of its owner.
+-- ARGV: 1 the run, 2 the token of the lease, 3 that of the next one, 4 what the names of leases
+-- begin with, 5 for how long a lease lasts (ms), 6 how many runs the owner may have, or 0 for any
+-- number.
+-- Returns how the run stands that the key has now, as below; nothing if the owner has too many.
+local found = redis.call('HMGET', KEYS[1], 'run', 'state', 'last', 'producer')
+if found[1] == ARGV[1] or found[2] == 'active' then
+  found[5] = redis.call('EXISTS', ARGV[4] .. found[4])
+  return found
 end
-local before = redis.call('HMGET', KEYS[1], 'run', 'state')
-if before[1] == ARGV[1] then
-  return 1
+if ARGV[6] ~= '0' then
+  local clock = redis.call('TIME')
+  local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+  redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now)
+  if redis.call('ZCARD', KEYS[4]) >= tonumber(ARGV[6]) then
+    return {}
+  end
+  redis.call('ZADD', KEYS[4], string.format('%.0f', now + ARGV[5]), ARGV[1])
+  redis.call('PEXPIRE', KEYS[4], ARGV[5])
 end
-if before[2] == 'active' then
-  return 0
+local token = ARGV[2]
+if redis.call('PEXPIRE', KEYS[2], ARGV[5]) == 0 then
+  redis.call('SET', KEYS[3], '', 'PX', ARGV[5])
+  token = ARGV[3]
 end
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], 'run', ARGV[1], 'producer', ARGV[2],
+redis.call('HSET', KEYS[1], 'run', ARGV[1], 'producer', token,
   'state', 'active', 'last', 0, 'bytes', 0)
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[5])
+return {ARGV[1], 'active', '0', token, 1}
+"""
+"""Begins a run. If the answer is lost, it is soon forgotten, and counts no more."""
+
+KEEP = """
+-- Keeps a run whose producer goes on. KEYS: 1 its hash, 2 its log, 3 the runs of its owner.
+-- ARGV: 1 the run, 2 for how many seconds it is kept, 3 for how long a lease lasts (ms).
+-- Returns 1 if it is active.
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+redis.call('ZADD', KEYS[3], 'XX', string.format('%.0f', now + ARGV[3]), ARGV[1])
+redis.call('PEXPIRE', KEYS[3], ARGV[3])
+local found = redis.call('HMGET', KEYS[1], 'run', 'state')
+if found[1] ~= ARGV[1] or found[2] ~= 'active' then
+  return 0
+end
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+redis.call('EXPIRE', KEYS[2], ARGV[2])
 return 1
 """
-"""Begins a run. If the answer is lost, so is its hash, soon."""
+"""Keeps a run whose producer goes on; one that was cancelled only counts for its owner."""
 
 FIND = """
 -- Tells how a run stands. KEYS[1]: its hash. ARGV[1]: what the names of leases begin with.
@@ -76,13 +122,17 @@ return found
 WRITE = (
     STATE
     + """
--- Writes to the log of a run. KEYS: 3 the log, 4 the hash, 5 the lease.
+-- Writes to the log of a run. KEYS: 3 the log, 4 the hash, 5 the lease, 6 the runs of its owner.
 -- ARGV: 1 how many entries a log keeps, 2 for how many seconds, 3 and how many bytes; 4 the run;
 -- 5 '1' if the lease has to be there, '0' if it must not be, '' if that does not matter; 6 the
 -- number of the last event, or '' for the next one, whose wire then lacks its id; 7 the state
--- afterwards; 8 the wire; 9 '1' if the hash is to be forgotten; 10 the number of events.
+-- afterwards; 8 the wire; 9 '1' if the hash is to be forgotten; 10 the number of events; 11 '1' if
+-- the producer has ended.
 -- Returns the state, and 1 if this has made it so. It is 'torn' if events before these are missing.
 local keep, seconds, nonce, most = tonumber(ARGV[1]), tonumber(ARGV[2]), '', tonumber(ARGV[3])
+if ARGV[11] == '1' then
+  redis.call('ZREM', KEYS[6], ARGV[4])
+end
 local found = redis.call('HMGET', KEYS[4], 'run', 'state', 'last', 'bytes')
 if found[1] ~= ARGV[4] then
   return {'gone', 0}
@@ -130,14 +180,23 @@ return {ARGV[7], 1}
 )
 """Writes to the log of a run, if its writer has the right to; the comments in it say how."""
 
-_begin, _find, _write = Script(BEGIN), Script(FIND), Script(WRITE)
+_begin, _keep, _find, _write = Script(BEGIN), Script(KEEP), Script(FIND), Script(WRITE)
 
 
-class _Own(NamedTuple):
-    key: str
-    token: str
-    stop: Callable[[], None]
-    lost: bytes
+class _Own:
+    # A run whose producer goes on, or whose last write is still to be made. It is over once
+    # somebody else has ended it.
+    __slots__ = ("is_over", "key", "lost", "owner", "stop", "token")
+
+    def __init__(
+        self, key: str, token: str, stop: Callable[[], None], lost: bytes, owner: str
+    ) -> None:
+        self.key = key
+        self.token = token
+        self.stop = stop
+        self.lost = lost
+        self.owner = owner
+        self.is_over = False
 
 
 class RedisRegistry(RunRegistry):
@@ -149,6 +208,7 @@ class RedisRegistry(RunRegistry):
     :param seconds: how long a run is kept after its end, in seconds.
     :param lease: after how many seconds a producer that is not heard of is lost.
     :param max_bytes: how much of a log is kept, in bytes.
+    :param max_per_owner: how many runs one owner may have, in all processes.
     """
 
     def __init__(
@@ -159,81 +219,99 @@ class RedisRegistry(RunRegistry):
         seconds: float,
         lease: float,
         max_bytes: int,
+        max_per_owner: int = MAX_RUNS_PER_OWNER,
     ) -> None:
         self._link = link
         self._keys = keys
         self._count = count
         self._seconds = math.ceil(seconds)
         self._lease_ms = int(lease * 800)
+        self._times = self._seconds, self._lease_ms
         self._pause = lease / 10
         self._max_bytes = max_bytes
+        self._max_per_owner = max_per_owner
         self._start()
         concurrency.call_after_fork(self._start)
         concurrency.call_at_exit(self.close)
 
     def _start(self) -> None:
         # Once more in every forked child, whose parent goes on with its runs.
-        self._token = secrets.token_hex(8)
+        # That of the lease, and that of the next one.
+        self._tokens = secrets.token_hex(8), secrets.token_hex(8)
+        self._mutex = concurrency.new_mutex()
         self._own: dict[str, _Own] = {}
+        # Those of which it is not known whether they were begun, and until when that matters.
+        self._doubtful: dict[str, tuple[float, _Own]] = {}
         self._watched: dict[str, tuple[str, str, bytes]] = {}
         self._rounds = 0
         self._keeper = concurrency.Waker(self._keep)
 
-    def begin(self, key: str, run: str, stop: Callable[[], None], lost: bytes) -> bool:
+    def begin(
+        self, key: str, run: str, stop: Callable[[], None], lost: bytes, owner: str = ""
+    ) -> Standing:
         """Begin a run; see :meth:`RunRegistry.begin`."""
-        while True:
-            token = self._token
-            keys = (self._keys.run(key), self._keys.producer(token))
-            [reply] = self._link.call_many(_begin, [(keys, (run, token, self._lease_ms))])
-            if reply != _NO_LEASE:
-                break
-            self._take_lease(token)
-        if reply:
-            self._own[run] = _Own(key, token, stop, lost)
+        tokens = self._tokens
+        names = self._keys
+        keys = names.run(key), *map(names.producer, tokens), names.owner(owner)
+        limit = self._max_per_owner if owner else 0
+        values = run, *tokens, names.producer(""), self._lease_ms, limit
+        try:
+            found = self._link.call(_begin, keys, lambda _: values)
+        except BrokerUnavailableError:
+            # It may have been begun nevertheless.
+            until = time.monotonic() + self._lease_ms / 1000
+            self._doubtful[run] = until, _Own(key, "", stop, lost, owner)
             self._start_keeper()
-        return bool(reply)
+            raise
+        if not found:
+            raise NoRoomError
+        standing = _standing(found)
+        if standing.run == run:
+            self._take_lease(standing.producer)
+            self._own[run] = _Own(key, standing.producer, stop, lost, owner)
+            self._start_keeper()
+        return standing
+
+    def _take_lease(self, token: str) -> None:
+        with self._mutex:
+            if token == self._tokens[1]:
+                self._tokens = token, secrets.token_hex(8)
 
     def _start_keeper(self) -> None:
         self._keeper.start()
         # Should it be about to end, for want of runs, this keeps it.
         self._keeper.ring()
 
-    def _take_lease(self, token: str) -> None:
-        if token == self._token:
-            # Never the old one again: what it was refused must stay refused.
-            self._token = secrets.token_hex(8)
-        lease = self._keys.producer(self._token)
-        self._link.pipeline([("SET", lease, "", "PX", self._lease_ms)])
-
     def find(self, key: str) -> Standing | None:
         """Return how a run stands; see :meth:`RunRegistry.find`."""
         keys, values = (self._keys.run(key),), (self._keys.producer(""),)
         found = self._link.call(_find, keys, lambda _: values)
-        if not found:
-            return None
-        run, state, last, producer, lives = found
-        is_lost = state.decode() == ACTIVE and not lives
-        return Standing(run.decode(), state.decode(), int(last), producer.decode(), is_lost)
+        return _standing(found) if found else None
 
     def write(self, writes: Sequence[Write]) -> list[bool]:
         """Write to logs; see :meth:`RunRegistry.write`."""
         pairs = [(write, self._own.get(write.run)) for write in writes]
-        own = [(write, one) for write, one in pairs if one is not None]
+        own = [
+            (write, one)
+            for write, one in pairs
+            if one is not None and (write.state != ACTIVE or not one.is_over)
+        ]
         replies = self._link.call_many(_write, [self._call_of(*each) for each in own])
         for (write, one), (state, _) in zip(own, replies, strict=True):
             if state == _TORN:
                 # A server has crashed, and came back without the newest events.
                 self._end(one.key, write.run, LOST, one.lost)
-            if state.decode() != ACTIVE:
+            one.is_over |= state.decode() != ACTIVE
+            if write.state != ACTIVE:
                 self._own.pop(write.run, None)
-        return [write.run in self._own for write in writes]
+        return [one is not None and not one.is_over for _, one in pairs]
 
     def _call_of(self, write: Write, own: _Own) -> tuple[Sequence[bytes], Sequence[Any]]:
         # The lease that the run was begun with, and not one that the process has by now.
         keys = self._keys_of(own.key, write.run, self._keys.producer(own.token))
-        count = write.wire.count(b"\n\n")
-        values = write.last, write.state, write.wire, int(write.is_forgotten), count
-        return keys, (*self._limits(write.run), "1", *values)
+        count, has_ended = write.wire.count(b"\n\n"), int(write.state != ACTIVE)
+        values = write.last, write.state, write.wire, int(write.is_forgotten), count, has_ended
+        return (*keys, self._keys.owner(own.owner)), (*self._limits(write.run), "1", *values)
 
     def _limits(self, run: str) -> tuple[int, int, int, str]:
         return _MOST_ENTRIES, self._seconds, self._max_bytes, run
@@ -252,10 +330,23 @@ class RedisRegistry(RunRegistry):
         standing = self.find(key)
         return standing is not None and self._end(key, run, state, wire, standing.producer)
 
-    def _end(self, key: str, run: str, state: str, wire: bytes, producer: str = "") -> bool:
-        # With a producer, only if that has no lease.
-        keys = self._keys_of(key, run, self._keys.producer(producer))
-        values = *self._limits(run), "0" if producer else "", "", state, wire, 0, 1
+    def _end(
+        self,
+        key: str,
+        run: str,
+        state: str,
+        wire: bytes,
+        producer: str = "",
+        owner: str | None = None,
+    ) -> bool:
+        # With a producer, only if that has no lease; with an owner, for which it then counts no
+        # more.
+        keys = (
+            *self._keys_of(key, run, self._keys.producer(producer)),
+            self._keys.owner(owner or ""),
+        )
+        flags = 0, 1, int(owner is not None)
+        values = *self._limits(run), "0" if producer else "", "", state, wire, *flags
         _, is_done = self._link.call(_write, keys, lambda _: values)
         if is_done:
             self._stop([run])
@@ -263,8 +354,9 @@ class RedisRegistry(RunRegistry):
 
     def _stop(self, runs: Iterable[str]) -> None:
         for run in runs:
-            own = self._own.pop(run, None)
-            if own is not None:
+            own = self._own.get(run)
+            if own is not None and not own.is_over:
+                own.is_over = True
                 own.stop()
 
     def watch(self, key: str, standing: Standing, wire: bytes) -> None:
@@ -276,6 +368,7 @@ class RedisRegistry(RunRegistry):
         try:
             if self._own and self._rounds % 2 == 0:
                 self._renew()
+            self._end_doubtful()
             self._end_lost()
         except BrokerUnavailableError as error:
             # Whether that was too long for the lease will be seen when Redis is back.
@@ -284,25 +377,34 @@ class RedisRegistry(RunRegistry):
             _logger.exception("Leases could not be looked after; that is tried again")
         self._rounds += 1
         concurrency.new_event().wait(self._pause)
-        if self._own or self._watched:
+        if self._own or self._watched or self._doubtful:
             self._keeper.ring()
         return False
 
     def _renew(self) -> None:
-        own = dict(self._own)
-        hashes, seconds = [self._keys.run(one.key) for one in own.values()], self._seconds
-        commands: list[tuple[Any, ...]] = [
-            ("PEXPIRE", self._keys.producer(self._token), self._lease_ms),
-            *[("HMGET", one, "run", "state") for one in hashes],
-            *[("EXPIRE", one, seconds) for one in (*hashes, *map(self._log, own))],
-        ]
+        own, names = dict(self._own), self._keys
+        tokens = sorted({one.token for one in own.values()})
         # One attempt, and the next round is the next one.
-        lives, *found = self._link.pipeline(commands, begin=-math.inf)
-        if not lives:
-            _logger.warning("This process was not heard of in time: its %d runs are lost", len(own))
-            self._stop(own)
-        states = zip(own, found, strict=False)
-        self._stop([run for run, state in states if state != [run.encode(), ACTIVE.encode()]])
+        leases = [("PEXPIRE", names.producer(token), self._lease_ms) for token in tokens]
+        lives = dict(zip(tokens, self._link.pipeline(leases, begin=-math.inf), strict=True))
+        lost = [run for run, one in own.items() if not (one.is_over or lives[one.token])]
+        if lost:
+            _logger.warning(
+                "This process was not heard of in time: its %d runs are lost", len(lost)
+            )
+            self._stop(lost)
+        calls = [
+            ((names.run(one.key), self._log(run), names.owner(one.owner)), (run, *self._times))
+            for run, one in own.items()
+        ]
+        found = self._link.call_many(_keep, calls, begin=-math.inf)
+        self._stop([run for run, is_active in zip(own, found, strict=True) if not is_active])
+
+    def _end_doubtful(self) -> None:
+        for run, (until, one) in tuple(self._doubtful.items()):
+            if time.monotonic() < until:
+                self._end(one.key, run, LOST, one.lost, owner=one.owner)
+            del self._doubtful[run]
 
     def _end_lost(self) -> None:
         for run in tuple(self._watched):
@@ -321,10 +423,17 @@ class RedisRegistry(RunRegistry):
 
     def close(self) -> None:
         """Give up all runs of this process, so that others see at once that they are lost."""
-        if not self._own:
+        tokens = {one.token for one in tuple(self._own.values())}
+        if not tokens:
             return
         try:
-            self._link.pipeline([("DEL", self._keys.producer(self._token))], begin=-math.inf)
+            self._link.pipeline([("DEL", *map(self._keys.producer, tokens))], begin=-math.inf)
         except BrokerUnavailableError:
             # It ends in any case.
             _logger.debug("the lease could not be given back", exc_info=True)
+
+
+def _standing(found: Sequence[Any]) -> Standing:
+    run, state, last, producer, lives = found
+    is_lost = state.decode() == ACTIVE and not lives
+    return Standing(run.decode(), state.decode(), int(last), producer.decode(), is_lost)

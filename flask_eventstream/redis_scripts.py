@@ -16,9 +16,9 @@ With the prefix ``eventstream:`` and the database 0, the keys are:
     The processes that serve subscribers, and how many of each channel. Each has a lease of its own.
 ``eventstream:0:revoked``
     A stream: whose rights were revoked, and when; see ``revocations``.
-``eventstream:0:run:<key>``, ``eventstream:0:producer:<token>``
-    How a run stands, and the lease of a process that has runs; see ``redis_runs``. The log of a run
-    is a channel whose name no publisher can give.
+``eventstream:0:run:<key>``, ``eventstream:0:producer:<token>``, ``eventstream:0:owner:<digest>``
+    How a run stands, the lease of a process that has runs, and the runs of an owner; see
+    ``redis_runs``. The log of a run is a channel whose name no publisher can give.
 ``eventstream:0:notes``, ``eventstream:0:taken:<round>:<name>``
     During a move from Flask-SSE: messages to all processes, and how much of what Flask-SSE sends is
     taken; see ``flask_sse_bridge``.
@@ -230,6 +230,11 @@ class Keys:
     def run(self, key: str) -> bytes:
         """Return the key of what is known of a run."""
         return b"%brun:%b" % (self.prefix, key.encode())
+
+    def owner(self, owner: str) -> bytes:
+        """Return the key of the runs of an owner, in which nobody can read whose they are."""
+        digest = hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return b"%bowner:%b" % (self.prefix, digest.encode())
 
     def producer(self, token: str) -> bytes:
         """Return the key of the lease of a process that has runs."""

@@ -8,13 +8,15 @@ is not found, like one that there never was.
 from __future__ import annotations
 
 import inspect
+import math
+import time
 from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
 
 from flask import abort, current_app, request, url_for
 from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 
-from . import access
+from . import access, concurrency
 from .body import ShortBody
 from .config import check_seconds
 from .contexts import carried
@@ -25,7 +27,7 @@ from .opening import SERVER_STOPS, come_again, open_stream, opening, take_place
 from .response import HEADERS, EventStreamResponse, cursor, json_dumps
 from .run import Run
 from .run_log import has_end_of, new_key, number_in, rest_of
-from .run_registry import CANCELLED, LOST, Standing
+from .run_registry import CANCELLED, LOST, NoRoomError, Standing
 from .runs import last_words
 from .state import current_state
 
@@ -40,6 +42,11 @@ if TYPE_CHECKING:
 
 METHODS = ("GET", "POST", "DELETE")
 """The methods of a resumable view."""
+
+_SMALL_BODY = 64 * 1024
+_LOOK_SECONDS = 0.025
+_REPLACE_SECONDS = 2.0
+"""For how long the producer of a run that is replaced is waited for, if there is no room before."""
 
 _ON_BUSY = ("attach", "reject", "replace")
 
@@ -112,11 +119,10 @@ class Resumable:
             raise ServiceUnavailable(SERVER_STOPS, retry_after=access.RETRY_AFTER)
         is_return = cursor() is not None or "run" in request.args
         if request.method == "POST" and not is_return:
-            # The view may want it when the request has ended.
-            request.get_data(parse_form_data=True)
             with take_place(state, self._identify) as place:
-                self._start(state, Run(key, owner, self._encoder(), report_failure), source)
-                return self._attached(state, key, place)
+                run = Run(key, owner, self._encoder(), report_failure)
+                standing = self._busy_before_body(state, key) or self._start(state, run, source)
+                return self._attached(state, key, place, standing)
         return self._attached(state, key, None)
 
     def _key(self) -> tuple[str, str]:
@@ -126,37 +132,65 @@ class Resumable:
         # Where an app serves several hosts, each has its own users.
         return new_key(f"{request.host}{request.root_path}{request.path}", str(owner)), str(owner)
 
-    def _start(self, state: State, run: Run, source: Generator[Any, Any, Any]) -> None:
+    def _busy_before_body(self, state: State, key: str) -> Standing | None:
+        """Return how the run stands that a request only attaches to, if it has a large body."""
+        if not _has_large_body() or self._on_busy != "attach":
+            return None
+        busy = self._find(state, key)
+        return busy if busy is not None and busy.is_active else None
+
+    def _start(self, state: State, run: Run, source: Generator[Any, Any, Any]) -> Standing:
+        # A run outlives its request, after which the server reads the next one.
+        request.get_data(parse_form_data=True)
+        deadline = -math.inf
         while True:
-            busy = self._find(state, run.key)
-            if busy is None or not busy.is_active:
-                self._check_limits(state, run)
-                # A run outlives its request, after which the server reads the next one.
-                request.get_data(parse_form_data=True)
-                if state.runs.begin(run, source, carried):
-                    run.wait(self._heartbeat or state.config.heartbeat)
-                    return
+            standing = self._begin(state, run, source, deadline)
+            if standing is None:
+                concurrency.new_event().wait(_LOOK_SECONDS)
+            elif standing.run == run.id:
+                run.wait(self._heartbeat or state.config.heartbeat)
+                return standing
             elif self._on_busy == "attach":
-                return
+                return standing
             elif self._on_busy == "reject":
                 abort(409, "A run is active here already. Cancel it, or wait for its end.")
             else:
-                self._end(state, run.key, busy)
+                self._end(state, run.key, standing)
+                deadline = time.monotonic() + _REPLACE_SECONDS
 
-    def _check_limits(self, state: State, run: Run) -> None:
-        if not state.runs.has_room(run.owner):
-            advice = "There are too many runs. Wait for the end of one, or cancel it."
-            raise TooManyRequests(advice, retry_after=access.RETRY_AFTER)
+    def _begin(
+        self, state: State, run: Run, source: Generator[Any, Any, Any], deadline: float
+    ) -> Standing | None:
+        """Begin a run; return how the one stands that the key has now.
 
-    def _attached(self, state: State, key: str, place: Place | None) -> Response:
+        :param deadline: until when ``None`` is returned if there is no room, by
+            :func:`time.monotonic`.
+        :raises TooManyRequests: 429, if there is none.
+        """
+        try:
+            return state.runs.begin(run, source, carried)
+        except NoRoomError:
+            # To attach takes none.
+            busy = self._find(state, run.key)
+            if busy is not None and busy.is_active:
+                return busy
+        if time.monotonic() < deadline:
+            return None
+        advice = "There are too many runs. Wait for the end of one, or cancel it."
+        raise TooManyRequests(advice, retry_after=access.RETRY_AFTER)
+
+    def _attached(
+        self, state: State, key: str, place: Place | None, standing: Standing | None = None
+    ) -> Response:
         while True:
-            response = self._attach(state, key, place)
+            response = self._attach(state, key, place, standing or self._find(state, key))
             if response is not None:
                 return response
-            place = None
+            place = standing = None
 
-    def _attach(self, state: State, key: str, place: Place | None) -> Response | None:
-        standing = self._find(state, key)
+    def _attach(
+        self, state: State, key: str, place: Place | None, standing: Standing | None
+    ) -> Response | None:
         number = _number_of_last(standing)
         if standing is None or (number == standing.last and not standing.is_active):
             return current_app.response_class(status=204, headers=HEADERS)
@@ -204,6 +238,13 @@ class Resumable:
     def _encoder(self) -> StreamFormat:
         limit = current_state().config.max_event_bytes
         return stream_format(self._format, json_dumps(), limit)
+
+
+def _has_large_body() -> bool:
+    """Tell whether the current request may have a body that costs something to read."""
+    if "Transfer-Encoding" in request.headers:
+        return True
+    return (request.content_length or 0) > _SMALL_BODY
 
 
 def _number_of_last(standing: Standing | None) -> int:

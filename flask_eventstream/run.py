@@ -102,12 +102,16 @@ class Run:
         self._room.set()
 
     def produce(
-        self, source: Iterable[Any], hand_over: Callable[[Run], None]
+        self,
+        source: Iterable[Any],
+        hand_over: Callable[[Run], None],
+        leave: Callable[[Run], None],
     ) -> BaseException | None:
         """Run the producer to its end, and return what it raised; on a thread of its own.
 
         :param source: what it yields.
         :param hand_over: has the joiner look at this run.
+        :param leave: is told that the producer has ended, before any client can see that.
         """
         raised: BaseException | None = None
         try:
@@ -123,9 +127,15 @@ class Run:
             raised = error
             end = self._failure(error)
         close_source(source)
+        leave(self)
         self._events.append(end)
         hand_over(self)
         return raised
+
+    def fail(self) -> Write:
+        """Return the end of a run that cannot be produced."""
+        end = self._ending(FAILED, MESSAGES[FAILED])
+        return Write(self.key, self.id, self._last, end.wire, end.state)
 
     def _take(self, item: Any, hand_over: Callable[[Run], None]) -> None:
         if item is None:

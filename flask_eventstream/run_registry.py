@@ -3,6 +3,8 @@
 The rules, which every registry keeps in one step with what it writes:
 
 * A key has one run at a time, and another one only once that has ended.
+* An owner has no more runs than are allowed. One counts from its beginning until its producer has
+  ended, also if it was cancelled.
 * The log of a run that has ended takes nothing more: its end is written once, by whoever is first.
 * The events of a log are numbered 1, 2, 3, …; the id of the third one is ``<run>.3``.
 """
@@ -28,6 +30,13 @@ CANCELLED = "cancelled"
 
 LOST = "lost"
 """The state of a run whose producer is not heard of any more."""
+
+MAX_RUNS_PER_OWNER = 10
+"""How many runs one owner may have by default."""
+
+
+class NoRoomError(Exception):
+    """A run cannot begin, as there are too many."""
 
 
 class Standing(NamedTuple):
@@ -73,13 +82,18 @@ class RunRegistry(ABC):
     """
 
     @abstractmethod
-    def begin(self, key: str, run: str, stop: Callable[[], None], lost: bytes) -> bool:
-        """Begin a run, unless another one of the same key is active; tell whether it did.
+    def begin(
+        self, key: str, run: str, stop: Callable[[], None], lost: bytes, owner: str = ""
+    ) -> Standing:
+        """Begin a run, unless another one of the same key is active.
 
         :param key: what its clients ask for.
         :param run: its id, new and not to be guessed.
         :param stop: called when it is seen that the run was ended from outside; any thread may.
         :param lost: the event that ends it, without its id, should a part of its log be lost.
+        :param owner: whose it is, ``""`` if it is not for one alone.
+        :returns: how the run stands that the key has now: this one, or the one that is active.
+        :raises NoRoomError: if its owner has too many. Nothing has happened then.
         """
 
     @abstractmethod
@@ -90,7 +104,9 @@ class RunRegistry(ABC):
     def write(self, writes: Sequence[Write]) -> list[bool]:
         """Write to logs, and tell of each whether its run goes on.
 
-        For the producers of these runs alone. A write that is done already is not done again.
+        For the producers of these runs alone. A write that is done already is not done again. The
+        last one of a run, whose state is not :data:`ACTIVE`, says that its producer has ended, also
+        if somebody else has ended the run before.
         """
 
     @abstractmethod
@@ -133,6 +149,7 @@ class MemoryRegistry(RunRegistry):
     :param logs: the broker.
     :param seconds: how long a run is kept after its end, in seconds.
     :param max_ended: how many runs that have ended are kept, however young they are.
+    :param max_per_owner: how many runs one owner may have.
     :param clock: a clock in seconds that never goes back; :func:`time.monotonic` by default.
     """
 
@@ -141,11 +158,13 @@ class MemoryRegistry(RunRegistry):
         logs: Logs,
         seconds: float,
         max_ended: int,
+        max_per_owner: int = MAX_RUNS_PER_OWNER,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._logs = logs
         self._seconds = seconds
         self._max_ended = max_ended
+        self._max_per_owner = max_per_owner
         self._clock = clock
         self._start()
         concurrency.call_after_fork(self._start)
@@ -155,19 +174,31 @@ class MemoryRegistry(RunRegistry):
         self._mutex = concurrency.new_mutex()
         self._standings: dict[str, Standing] = {}
         self._stops: dict[str, Callable[[], None]] = {}
+        # Whose the runs are whose producers go on.
+        self._owners: dict[str, str] = {}
         self._ended: deque[tuple[float, str, str]] = deque()
 
-    def begin(self, key: str, run: str, stop: Callable[[], None], lost: bytes) -> bool:
+    def begin(
+        self, key: str, run: str, stop: Callable[[], None], lost: bytes, owner: str = ""
+    ) -> Standing:
         """Begin a run; see :meth:`RunRegistry.begin`."""
         with self._mutex:
             self._sweep()
             before = self._standings.get(key)
             if before is not None and before.is_active:
-                return False
+                return before
+            self._count(run, owner)
             self._forget(key)
-            self._standings[key] = Standing(run, ACTIVE, 0)
+            self._standings[key] = standing = Standing(run, ACTIVE, 0)
             self._stops[run] = stop
-            return True
+            return standing
+
+    def _count(self, run: str, owner: str) -> None:
+        if not owner:
+            return
+        if list(self._owners.values()).count(owner) >= self._max_per_owner:
+            raise NoRoomError
+        self._owners[run] = owner
 
     def find(self, key: str) -> Standing | None:
         """Return how a run stands; see :meth:`RunRegistry.find`."""
@@ -181,6 +212,9 @@ class MemoryRegistry(RunRegistry):
 
     def _write(self, write: Write) -> bool:
         with self._mutex:
+            if write.state != ACTIVE:
+                # First, as what comes then may fail.
+                self._owners.pop(write.run, None)
             standing = self._active(write.key, write.run)
             if standing is None:
                 return False

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import concurrency
 from .errors import BrokerUnavailableError
-from .format import FAILED
 from .run import MESSAGES, Run
-from .run_registry import LOST
+from .run_registry import LOST, NoRoomError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -18,10 +17,14 @@ if TYPE_CHECKING:
     from .format import StreamFormat
     from .run_registry import RunRegistry, Standing
 
+    Carry = Callable[[Callable[[], BaseException | None]], Callable[[], object]]
+    """Wraps what runs on a thread of its own, to give it contexts."""
+
 JOIN_SECONDS = 0.025
 """For how long tokens are joined. 40 writes a second look like a stream to the eye."""
 
 _RETRY_SECONDS = 0.5
+_ROOM_SECONDS = 10.0
 _STOP_SECONDS = 0.5
 _logger = logging.getLogger(__name__)
 
@@ -30,20 +33,23 @@ class Runs:
     """The runs that a process produces.
 
     :param registry: which runs there are, here and elsewhere.
-    :param max_runs: how many may be active in this process.
-    :param max_runs_per_owner: and how many of one owner.
+    :param max_runs: how many producers this process may have at once.
     """
 
-    def __init__(self, registry: RunRegistry, max_runs: int, max_runs_per_owner: int) -> None:
+    def __init__(self, registry: RunRegistry, max_runs: int) -> None:
         self.registry = registry
         self._max_runs = max_runs
-        self._max_runs_per_owner = max_runs_per_owner
         self._reset()
         concurrency.call_after_fork(self._reset)
 
     def _reset(self) -> None:
         # Once more in every forked child, where no producer runs.
         self._active: dict[str, Run] = {}
+        self._mutex = concurrency.new_mutex()
+        # Those that have room, and of these, those that may turn out not to need it.
+        self._placed: set[str] = set()
+        self._asking: set[str] = set()
+        self._progress = concurrency.Progress()
         self._due: deque[Run] = deque()
         self._urgent: concurrency.Event | None = None
         self._is_stopped = self._is_greenlet = False
@@ -61,31 +67,73 @@ class Runs:
             standing = self.registry.find(key)
         return standing
 
-    def has_room(self, owner: str) -> bool:
-        """Tell whether one more run may begin.
-
-        A run that was cancelled counts as the process's for as long as its producer goes on.
-        """
-        own = [run for run in tuple(self._active.values()) if run.owner == owner]
-        is_full = bool(owner) and sum(not run.is_over for run in own) >= self._max_runs_per_owner
-        return not is_full and len(self._active) < self._max_runs
-
     def begin(
         self,
         run: Run,
         source: Iterable[Any],
-        carry: Callable[[Callable[[], BaseException | None]], Callable[[], object]],
-    ) -> bool:
-        """Begin a run, unless another one of its key is active; tell whether it did.
+        carry: Carry,
+    ) -> Standing:
+        """Begin a run, unless another one of its key is active.
 
         :param run: the run.
         :param source: what its producer yields.
         :param carry: wraps what runs on a thread of its own, to give it contexts.
+        :returns: how the run stands that the key has now: this one, or the one that is active.
+        :raises NoRoomError: if this process has too many, or its owner has.
         :raises BrokerUnavailableError: if the broker's server does not answer.
         :raises RuntimeError: if no thread can be started.
         """
-        if not self.registry.begin(run.key, run.id, run.stop, last_words(run.encoder, LOST)):
+        standing = self._begin(run)
+        while standing.is_lost:
+            self.registry.end(run.key, standing.run, LOST, last_words(run.encoder, LOST))
+            standing = self._begin(run)
+        if standing.run == run.id:
+            self._start(run, source, carry)
+        return standing
+
+    def _begin(self, run: Run) -> Standing:
+        if not self._progress.wait_until(lambda: self._takes_room(run), _ROOM_SECONDS):
+            raise NoRoomError
+        is_begun = False
+        try:
+            lost = last_words(run.encoder, LOST)
+            standing = self.registry.begin(run.key, run.id, run.stop, lost, run.owner)
+            is_begun = standing.run == run.id
+            return standing
+        finally:
+            with self._mutex:
+                self._asking.discard(run.id)
+            if not is_begun:
+                self._leave(run)
+            self._progress.notify()
+
+    def _takes_room(self, run: Run) -> bool:
+        """Take room for a run, if there is some; tell whether that was done.
+
+        Room that is taken by those whose key turns out to be busy is free again soon, and so it is
+        not known yet whether there is none.
+
+        :raises NoRoomError: if there is none.
+        """
+        with self._mutex:
+            if len(self._placed) < self._max_runs:
+                self._placed.add(run.id)
+                self._asking.add(run.id)
+                return True
+            if not self._asking:
+                raise NoRoomError
             return False
+
+    def _leave(self, run: Run) -> None:
+        with self._mutex:
+            self._placed.discard(run.id)
+
+    def _start(
+        self,
+        run: Run,
+        source: Iterable[Any],
+        carry: Carry,
+    ) -> None:
         self._active[run.id] = run
         self._is_greenlet = concurrency.runs_in_greenlet()
         try:
@@ -95,9 +143,9 @@ class Runs:
             concurrency.spawn(carry(lambda: self._produce(run, source)))
         except RuntimeError:
             del self._active[run.id]
-            self.registry.end(run.key, run.id, FAILED, last_words(run.encoder, FAILED))
+            self._leave(run)
+            self.registry.write([run.fail()])
             raise
-        return True
 
     @property
     def active(self) -> int:
@@ -123,8 +171,9 @@ class Runs:
 
     def _produce(self, run: Run, source: Iterable[Any]) -> BaseException | None:
         try:
-            return run.produce(source, self._hand_over)
+            return run.produce(source, self._hand_over, self._leave)
         finally:
+            self._leave(run)
             del self._active[run.id]
             self._joiner.ring()
 

@@ -119,8 +119,9 @@ def new_state(app: Any) -> State:
     """
     config = Config.read(app.config)
     broker = new_broker(config)
-    registry = broker.registry(config.run_seconds, config.run_lease, config.max_runs)
-    runs = Runs(registry, config.max_runs, config.max_runs_per_owner)
+    limits = config.max_runs, config.max_runs_per_owner
+    registry = broker.registry(config.run_seconds, config.run_lease, *limits)
+    runs = Runs(registry, config.max_runs)
     hub = None
     if config.hijack:
         goodbye = partial(farewell, config.retry)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,7 +12,7 @@ from flask_eventstream.event import with_id
 from flask_eventstream.local_broker import LOG_PREFIX
 from flask_eventstream.redis_broker import RedisBroker
 from flask_eventstream.redis_runs import RedisRegistry
-from flask_eventstream.run_registry import CANCELLED, LOST, Standing, Write
+from flask_eventstream.run_registry import CANCELLED, LOST, NoRoomError, Standing, Write
 from flask_eventstream.runs import Runs
 
 from .redis_server import given_up_soon
@@ -30,11 +33,18 @@ class Process:
 
     def __init__(self, url: str, prefix: str, lease: float, **options: Any) -> None:
         self.broker = RedisBroker(url, key_prefix=prefix, **options)
-        self.registry = self.broker.registry(600, lease, 100)
+        self.registry = self.broker.registry(600, lease, 100, 3)
         self.stopped: list[str] = []
+        self.owner = ""
+
+    @property
+    def token(self) -> str:
+        """The token of the lease that the process has."""
+        return self.registry._tokens[0]
 
     def begin(self, run: str, key: str = "key") -> bool:
-        return self.registry.begin(key, run, lambda: self.stopped.append(run), LOST_EVENT)
+        stop = partial(self.stopped.append, run)
+        return self.registry.begin(key, run, stop, LOST_EVENT, self.owner).run == run
 
     def write(self, run: str, n: int, state: str = "active") -> bool:
         wire = f"data: {n}\nid: {run}.{n}\n\n".encode()
@@ -58,7 +68,7 @@ class Process:
     @property
     def lease(self) -> bytes:
         """The name of its lease."""
-        return self.broker._keys.producer(self.registry._token)
+        return self.broker._keys.producer(self.token)
 
     def die(self) -> None:
         """Renew nothing any more."""
@@ -85,7 +95,7 @@ def test_every_process_sees_the_same_run(start: Callable[..., Process]) -> None:
     assert one.begin("run")
     assert not two.begin("other")
     assert one.write("run", 1)
-    assert two.find() == one.find() == Standing("run", "active", 1, one.registry._token)
+    assert two.find() == one.find() == Standing("run", "active", 1, one.token)
     assert two.log("run") == b"data: 1\nid: run.1\n\n"
     assert not one.write("run", 2, "end")
     assert two.begin("other")
@@ -150,22 +160,28 @@ def test_who_finds_its_lease_gone_stops_its_runs(
     assert "its 1 runs are lost" in caplog.text
 
 
+def end_of(redis: RedisServer, lease: bytes) -> float:
+    """Return when a lease ends, by the time of Redis, in milliseconds."""
+    left = redis.redis.pttl(lease)
+    assert left > 0, "the lease has ended"
+    seconds, microseconds = redis.redis.time()
+    return float(seconds) * 1000 + microseconds / 1000 + left
+
+
+def is_renewed(redis: RedisServer, lease: bytes, begin: float) -> bool:
+    """Tell whether a lease ends later by its own length."""
+    return end_of(redis, lease) > begin + LEASE * 1000
+
+
 def test_a_lease_is_renewed_as_long_as_there_are_runs(
     start: Callable[..., Process], redis: RedisServer
 ) -> None:
     one = start(lease=LEASE)
     one.begin("run")
     lease = one.lease
-
-    def end() -> float:
-        left = redis.redis.pttl(lease)
-        assert left > 0, "the lease has ended"
-        seconds, microseconds = redis.redis.time()
-        return float(seconds) * 1000 + microseconds / 1000 + left
-
-    first = end()
+    first = end_of(redis, lease)
     # Renewed more than once, so that it is longer than a lease.
-    wait_for(lambda: end() > first + LEASE * 1000)
+    wait_for(lambda: is_renewed(redis, lease, first))
     assert one.write("run", 1, "end") is False
     wait_for(lambda: not redis.redis.exists(lease))
     assert one.stopped == []
@@ -273,9 +289,9 @@ def test_a_forked_child_has_a_lease_of_its_own(start: Callable[..., Process]) ->
     one = start()
     assert isinstance(one.registry, RedisRegistry)
     one.begin("run")
-    token = one.registry._token
+    token = one.token
     one.registry._start()  # what os.register_at_fork() calls
-    assert one.registry._token != token
+    assert one.token != token
     assert not one.write("run", 1)
 
 
@@ -302,7 +318,7 @@ def test_who_looks_for_a_lost_run_ends_it(
 ) -> None:
     one, two = start(), start()
     one.begin("run")
-    runs = Runs(two.registry, 1, 1)
+    runs = Runs(two.registry, 1)
     found = runs.find("key", LOST_EVENT)
     assert found
     assert found.is_active
@@ -313,16 +329,132 @@ def test_who_looks_for_a_lost_run_ends_it(
     assert two.log("run") == with_id(LOST_EVENT, b"run.1")
 
 
-def test_of_two_that_find_no_lease_one_takes_a_new_one(start: Callable[..., Process]) -> None:
+def test_runs_that_begin_at_the_same_moment_have_one_lease(
+    start: Callable[..., Process], redis: RedisServer
+) -> None:
     one = start()
-    before = one.registry._token
-    one.registry._take_lease(before)
-    after = one.registry._token
-    assert after != before
-    one.registry._take_lease(before)
-    assert one.registry._token == after
+    leases = one.broker._keys.producer("*")
+    for round in range(20):
+        one.lose_lease(redis)
+        barrier = threading.Barrier(8)
+
+        def begin(run: str, barrier: threading.Barrier) -> None:
+            barrier.wait(DEADLINE)
+            assert one.begin(run, run)
+
+        threads = [threading.Thread(target=begin, args=(f"{round}-{n}", barrier)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        assert redis.redis.keys(leases) == [one.lease]
+
+
+def test_a_call_that_knows_of_no_newer_lease_takes_the_same_one(
+    start: Callable[..., Process], redis: RedisServer
+) -> None:
+    one = start()
+    before = one.registry._tokens
     assert one.begin("run")
+    after = one.registry._tokens
+    assert after[0] == before[1]
+    # As a call that was on its way since before.
+    one.registry._tokens = before
+    assert one.begin("other", "other key")
+    assert one.registry._tokens[0] == after[0]
     assert one.write("run", 1)
+
+
+def test_all_leases_that_runs_have_are_renewed(
+    start: Callable[..., Process], redis: RedisServer
+) -> None:
+    one = start(lease=LEASE)
+    one.begin("old")
+    first = one.lease
+    one.registry._tokens = "gone", "next"
+    one.begin("new", "another key")
+    leases = first, one.lease
+    begin = [end_of(redis, lease) for lease in leases]
+    for n in (0, 1):
+        wait_for(partial(is_renewed, redis, leases[n], begin[n]))
+    assert one.stopped == []
+
+
+def test_an_owner_has_so_many_runs_in_all_processes(start: Callable[..., Process]) -> None:
+    processes = [start(), start()]
+    for one in processes:
+        one.owner = "me"
+    for n in range(3):
+        assert processes[n % 2].begin(f"run{n}", f"key{n}")
+    for one in processes:
+        with pytest.raises(NoRoomError):
+            one.begin("more", "more")
+    assert processes[1].registry.end("key0", "run0", CANCELLED, LOST_EVENT)
+    with pytest.raises(NoRoomError):
+        processes[1].begin("more", "more")
+    processes[0].registry.write([Write("key0", "run0", 1, b"data: 1\nid: run0.1\n\n", "end")])
+    assert processes[1].begin("more", "more")
+
+
+def test_the_runs_of_a_process_that_died_count_no_more(start: Callable[..., Process]) -> None:
+    one, two = start(lease=LEASE), start(lease=LEASE)
+    one.owner = two.owner = "me"
+    for n in range(3):
+        one.begin(f"run{n}", f"key{n}")
+    one.die()
+
+    def has_begun() -> bool:
+        with suppress(NoRoomError):
+            return two.begin("new", "new key")
+        return False
+
+    wait_for(has_begun)
+
+
+def test_a_run_counts_for_longer_than_a_lease_also_once_it_was_cancelled(
+    start: Callable[..., Process],
+) -> None:
+    one, two = start(lease=LEASE), start()
+    one.owner = two.owner = "me"
+    for n in range(3):
+        one.begin(f"run{n}", f"key{n}")
+    assert two.registry.end("key0", "run0", CANCELLED, LOST_EVENT)
+    rounds = one.registry._rounds
+    wait_for(lambda: one.registry._rounds > rounds + 15)
+    with pytest.raises(NoRoomError):
+        two.begin("more", "more")
+
+
+def test_nothing_tells_whose_runs_there_are(
+    start: Callable[..., Process], redis: RedisServer
+) -> None:
+    one = start()
+    one.owner = "ada@example.org"
+    one.begin("run")
+    assert not any(b"ada" in key for key in redis.redis.keys("*"))
+    one.write("run", 1, "end")
+    assert not redis.redis.exists(one.broker._keys.owner(one.owner))
+
+
+def test_a_run_whose_begin_was_not_answered_is_ended(
+    start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = start(lease=LEASE), start()
+    one.owner = "me"
+    call = one.registry._link.call
+
+    def lose_answer(*arguments: Any) -> None:
+        monkeypatch.undo()
+        call(*arguments)
+        raise BrokerUnavailableError("redis://test", "no answer")
+
+    monkeypatch.setattr(one.registry._link, "call", lose_answer)
+    with pytest.raises(BrokerUnavailableError):
+        one.begin("run")
+    wait_for(lambda: two.find().state == LOST)
+    for n in range(3):
+        assert one.begin(f"run{n}", f"key{n}")
+    wait_for(lambda: not one.registry._doubtful)
 
 
 def test_whatever_happens_leases_are_looked_after(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import threading
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+import flask
 import pytest
 from flask import abort, current_app, g, got_request_exception, redirect, request
 
+from flask_eventstream import resumable
 from flask_eventstream.errors import BrokerUnavailableError, ConfigurationError
 from flask_eventstream.signals import subscriber_connected, subscriber_disconnected
 from flask_eventstream.testing import ClientStream, client_stream
@@ -664,11 +668,12 @@ def test_clients_of_runs_are_signalled_as_subscribers(site: Site, model: Model) 
 def test_while_the_broker_is_away_a_reader_returns_and_a_starter_is_told(
     site: Site, monkeypatch: pytest.MonkeyPatch, model: Model
 ) -> None:
-    def find(*_: Any) -> None:
+    def ask(*_: Any) -> None:
         raise BrokerUnavailableError("redis://there", "no answer")
 
     runs = site.app.extensions["eventstream"].runs
-    monkeypatch.setattr(runs.registry, "find", find)
+    for name in ("find", "begin"):
+        monkeypatch.setattr(runs.registry, name, ask)
     response = site.ask()
     assert response.status_code == 200
     assert response.data.startswith(b":\nretry: ")
@@ -693,22 +698,179 @@ def test_a_run_that_another_replaced_meanwhile_is_looked_for_again(
     assert answers == []
 
 
-def test_a_post_that_comes_second_attaches_to_the_first(
+def test_a_post_with_a_large_body_that_comes_second_attaches_to_the_first(
     site: Site, monkeypatch: pytest.MonkeyPatch, model: Model
 ) -> None:
     runs = site.app.extensions["eventstream"].runs
     begin = runs.begin
 
-    def begin_late(*arguments: Any) -> bool:
+    def begin_late(*arguments: Any) -> Any:
         # Another one has begun since it was looked.
         monkeypatch.setattr(runs, "begin", begin)
         with site.post("first", []) as first:
             first.next()
-        return False
+        return begin(*arguments)
 
     monkeypatch.setattr(runs, "begin", begin_late)
-    with site.post("second") as stream:
+    with site.post("second" * 20_000) as stream:
         assert stream.next().data == "first"
         model.go_on()
         assert data(stream) == ["{}"]
     assert len(model.starts) == 1
+
+
+# --- Bodies that nobody needs
+
+
+class Body(io.RawIOBase):
+    """A body that counts what is read of it."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.taken += len(buffer)
+        return 0
+
+
+@pytest.mark.parametrize(
+    "header", [{"CONTENT_LENGTH": str(300 << 20)}, {"HTTP_TRANSFER_ENCODING": "chunked"}]
+)
+@pytest.mark.parametrize(
+    ("method", "query"),
+    [
+        ("GET", ""),
+        ("DELETE", ""),
+        ("HEAD", ""),
+        ("POST", ""),
+        ("POST", "?run=x"),
+        ("POST", "?lastEventId=x.1"),
+    ],
+)
+def test_what_starts_no_run_reads_no_body(
+    site: Site, model: Model, method: str, query: str, header: dict[str, str]
+) -> None:
+    body = Body()
+    with site.post("a", []) as first:
+        first.next()
+        site.client.open(
+            site.url + query,
+            method=method,
+            environ_overrides={"wsgi.input": body, "wsgi.input_terminated": True, **header},
+        ).close()
+        assert body.taken == 0
+        model.go_on()
+    assert len(model.starts) == 1
+
+
+# --- Limits that hold at the same moment
+
+
+def test_a_run_that_is_replaced_leaves_its_room_to_the_next(
+    make_site: Callable[..., Site], model: Model
+) -> None:
+    limits = {"MAX_RUNS_PER_OWNER": 1, "MAX_RUNS": 1}
+    site = make_site(limits, owner=lambda: "me", on_busy="replace")
+    with site.post("old", [], "older") as old:
+        old.next()
+        timer = threading.Timer(0.1, model.go_on)
+        timer.start()
+        with site.post("new") as new:
+            assert data(new) == ["new", "{}"]
+        assert types(old)[-1] == "cancelled"
+
+
+def test_a_run_whose_place_stays_taken_is_not_replaced(
+    make_site: Callable[..., Site], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resumable, "_REPLACE_SECONDS", 0.05)
+    site = make_site({"MAX_RUNS": 1}, on_busy="replace")
+    with site.post("old", [], "older") as old:
+        old.next()
+        response = site.ask("POST", json={"items": ["new"]})
+        assert response.status_code == 429
+        assert int(response.headers["Retry-After"]) > 0
+        model.go_on()
+    wait_for(lambda: model.closed == 1)
+    assert len(model.starts) == 1
+
+
+def test_who_cancels_and_starts_again_takes_no_more_than_its_own_room(
+    make_site: Callable[..., Site], model: Model
+) -> None:
+    site = make_site({"MAX_RUNS_PER_OWNER": 2, "MAX_RUNS": 4}, owner=lambda: request.args["user"])
+    answers = []
+    for n in range(6):
+        url = f"/stream/chat/{n}?user=me"
+        with client_stream_or_status(site, url) as answer:
+            answers.append(answer)
+        site.ask("DELETE", url)
+    assert answers == [200, 200, 429, 429, 429, 429]
+    with site.post("a", url="/stream/chat/1?user=you") as stream:
+        assert data(stream) == ["a", "{}"]
+    for _ in range(2):
+        model.go_on()
+    wait_for(lambda: model.closed == 3)
+
+
+@contextmanager
+def client_stream_or_status(site: Site, url: str) -> Iterator[int]:
+    """Start a run that stays, and yield the status of the answer."""
+    response = site.client.post(url, json={"items": ["a", []]}, buffered=False)
+    try:
+        yield response.status_code
+    finally:
+        response.close()
+
+
+def test_a_view_that_aborts_gives_its_room_back(
+    eventstream: EventStream, make_app: Callable[..., Flask]
+) -> None:
+    @eventstream.resumable("/no", owner=lambda: "me")
+    def no() -> Iterator[str]:
+        abort(418)
+        yield ""
+
+    site = Site(make_app(MAX_RUNS_PER_OWNER=1, MAX_RUNS=1))
+    for _ in range(20):
+        assert site.ask("POST", "/stream/no").status_code == 418
+    assert site.ask("GET", "/stream/no").status_code == 204
+
+
+@pytest.mark.parametrize("broker", ["memory", "redis"])
+@pytest.mark.parametrize(("limit", "users"), [(2, ["me"] * 8), (3, [str(n) for n in range(8)])])
+def test_at_the_same_moment_as_many_begin_as_are_allowed(
+    make_site: Callable[..., Site],
+    model: Model,
+    request: pytest.FixtureRequest,
+    broker: str,
+    limit: int,
+    users: list[str],
+) -> None:
+    config: dict[str, Any] = {"MAX_RUNS_PER_OWNER": 2, "MAX_RUNS": 3}
+    if broker == "redis":
+        server = request.getfixturevalue("redis")
+        config |= {"BROKER_URL": server.url, "KEY_PREFIX": server.prefix()}
+    site = make_site(config, owner=lambda: flask.request.args["user"], heartbeat=0.05)
+    barrier = threading.Barrier(8)
+    answers: list[int] = []
+
+    def post(n: int, user: str) -> None:
+        barrier.wait(DEADLINE)
+        with client_stream_or_status(site, f"/stream/chat/{n}?user={user}") as status:
+            answers.append(status)
+
+    threads = [threading.Thread(target=post, args=each) for each in enumerate(users)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert sorted(answers) == [200] * limit + [429] * (8 - limit)
+    assert len(model.starts) == limit
+    for _ in range(limit):
+        model.go_on()
+    wait_for(lambda: model.closed == limit)
+    site.app.extensions["eventstream"].broker.close()

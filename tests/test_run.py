@@ -1,16 +1,25 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from flask_eventstream import EventStreamParser, MemoryBroker, ServerSentEvent, concurrency
+from flask_eventstream import runs as runs_module
 from flask_eventstream.errors import BrokerUnavailableError
 from flask_eventstream.event import to_json
 from flask_eventstream.format import stream_format
 from flask_eventstream.run import Run
-from flask_eventstream.run_registry import CANCELLED, MemoryRegistry, Write
+from flask_eventstream.run_registry import (
+    ACTIVE,
+    CANCELLED,
+    MemoryRegistry,
+    NoRoomError,
+    Standing,
+    Write,
+)
 from flask_eventstream.runs import Runs
 
 from .servers import DEADLINE, wait_for
@@ -25,7 +34,7 @@ class Registry(MemoryRegistry):
     """A registry that notes what is written, and can be away."""
 
     def __init__(self, broker: MemoryBroker) -> None:
-        super().__init__(broker, 600, 100)
+        super().__init__(broker, 600, 100, 2)
         self.writes: list[Write] = []
         self.error: Exception | None = None
 
@@ -42,7 +51,7 @@ class Stage:
     def __init__(self) -> None:
         self.broker = MemoryBroker()
         self.registry = Registry(self.broker)
-        self.runs = Runs(self.registry, 3, 2)
+        self.runs = Runs(self.registry, 3)
         self.reported: list[str] = []
 
     def new(self, key: str = "key", owner: str = "", format: str = "sse") -> Run:
@@ -54,8 +63,18 @@ class Stage:
 
     def begin(self, source: Any, key: str = "key", **options: Any) -> Run:
         run = self.new(key, **options)
-        assert self.runs.begin(run, source, lambda function: function)
+        assert self.runs.begin(run, source, lambda function: function).run == run.id
         return run
+
+    def has_room(self, owner: str = "") -> bool:
+        """Tell whether one more run may begin, by beginning one that ends at once."""
+        try:
+            run = self.begin(iter(()), f"room of {owner}", owner=owner)
+        except NoRoomError:
+            return False
+        wait_for(lambda: run.id not in self.runs._active)
+        list(self.read(run))
+        return True
 
     def read(self, run: Run) -> Iterator[ServerSentEvent]:
         """Yield the events of a run up to its end."""
@@ -351,8 +370,9 @@ def test_a_run_that_cannot_be_written_at_all_is_over(
 
 def test_a_key_has_one_run_at_a_time(stage: Stage) -> None:
     gate = Gate()
-    stage.begin(gate())
-    assert not stage.runs.begin(stage.new(), iter(()), lambda _: pytest.fail("it was begun"))
+    run = stage.begin(gate())
+    found = stage.runs.begin(stage.new(), iter(()), lambda _: pytest.fail("it was begun"))
+    assert found == Standing(run.id, ACTIVE, 0)
     gate.next.release()
 
 
@@ -360,20 +380,112 @@ def test_there_is_room_for_some_runs_and_for_fewer_of_one_owner(stage: Stage) ->
     gates = [Gate("a") for _ in range(3)]
     runs = []
     for n, gate in enumerate(gates[:2]):
-        assert stage.runs.has_room("me")
+        assert stage.has_room("me")
         runs.append(stage.begin(gate(), f"key{n}", owner="me"))
-    assert not stage.runs.has_room("me")
-    assert stage.runs.has_room("you")
-    # One that is cancelled is its owner's no more, but still the process's.
-    stage.cancel(runs[0])
-    assert stage.runs.has_room("me")
-    stage.begin(gates[2](), "key2", owner="")
-    assert not stage.runs.has_room("me")
-    assert not stage.runs.has_room("")
+    assert not stage.has_room("me")
+    assert stage.has_room("you")
+    stage.begin(gates[2](), "key2", owner="you")
+    assert not stage.has_room("you")
+    assert not stage.has_room()
     for gate in gates:
         gate.next.release(2)
     stage.wait()
-    assert stage.runs.has_room("me")
+    assert stage.has_room("me")
+
+
+def test_a_cancelled_run_counts_until_its_producer_has_ended(stage: Stage) -> None:
+    gates = [Gate("a") for _ in range(2)]
+    runs = [stage.begin(gate(), f"key{n}", owner="me") for n, gate in enumerate(gates)]
+    for run in runs:
+        stage.cancel(run)
+    assert not stage.has_room("me")
+    assert stage.has_room("you")
+    gates[0].next.release(2)
+    wait_for(lambda: stage.has_room("me"))
+    gates[1].next.release(2)
+
+
+def test_where_the_end_of_a_run_is_read_there_is_room_again(stage: Stage) -> None:
+    for _ in range(200):
+        gates = [Gate() for _ in range(3)]
+        runs = [stage.begin(gate(), f"key{n}", owner="me"[:n]) for n, gate in enumerate(gates)]
+        for run, gate in zip(runs, gates, strict=True):
+            gate.next.release()
+            assert fields(stage.read(run)) == [("end", "{}")]
+
+
+def test_a_key_that_is_busy_takes_no_room_from_others(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, other = Gate(), Gate()
+    first = stage.begin(gate())
+    stage.begin(other(), "other")
+    begin, arrived, may_ask = stage.registry.begin, threading.Event(), threading.Event()
+
+    def begin_late(key: str, *arguments: Any) -> Standing:
+        if key == "key":
+            arrived.set()
+            assert may_ask.wait(DEADLINE)
+        return begin(key, *arguments)
+
+    monkeypatch.setattr(stage.registry, "begin", begin_late)
+    found: list[Standing] = []
+    threads = [
+        threading.Thread(
+            target=lambda key=key: found.append(
+                stage.runs.begin(stage.new(key), iter(()), lambda function: function)
+            )
+        )
+        for key in ("key", "third")
+    ]
+    threads[0].start()
+    assert arrived.wait(DEADLINE)
+    threads[1].start()
+    wait_for(lambda: stage.runs._progress._waiting)
+    may_ask.set()
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert [one.run == first.id for one in found] == [True, False]
+    for one in (gate, other):
+        one.next.release()
+
+
+def test_whoever_waits_for_room_that_others_may_not_need_does_so_for_a_while(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_module, "_ROOM_SECONDS", 0.01)
+    stage.runs._placed = stage.runs._asking = {"a", "b", "c"}
+    assert not stage.has_room()
+    stage.runs._placed.clear()
+
+
+@pytest.mark.parametrize("owner", ["me", ""])
+def test_of_many_at_the_same_moment_as_many_begin_as_there_is_room_for(
+    stage: Stage, owner: str
+) -> None:
+    limit = 2 if owner else 3
+    for _ in range(20):
+        gates = [Gate() for _ in range(8)]
+        barrier = threading.Barrier(8)
+        begun: list[Run] = []
+
+        def begin(n: int, gates: list[Gate], barrier: threading.Barrier, begun: list[Run]) -> None:
+            barrier.wait(DEADLINE)
+            with suppress(NoRoomError):
+                begun.append(stage.begin(gates[n](), f"key{n}", owner=owner))
+
+        threads = [
+            threading.Thread(target=begin, args=(n, gates, barrier, begun)) for n in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        assert len(begun) == limit
+        for gate in gates:
+            gate.next.release()
+        for run in begun:
+            assert fields(stage.read(run)) == [("end", "{}")]
 
 
 def test_ids_cannot_be_guessed_and_are_short(stage: Stage) -> None:
@@ -394,11 +506,14 @@ def test_the_joiner_ends_with_the_last_run_and_starts_with_the_next(stage: Stage
 
 
 def test_a_forked_child_produces_nothing(stage: Stage) -> None:
-    runs = Runs(stage.registry, 1, 1)
+    runs = Runs(stage.registry, 1)
     runs._active["x"] = stage.new()
-    assert not runs.has_room("")
+    runs._placed.add("x")
+    with pytest.raises(NoRoomError):
+        runs.begin(stage.new(), iter(()), lambda function: function)
     runs._reset()  # what os.register_at_fork() calls
-    assert runs.has_room("")
+    runs.begin(stage.new(), iter(()), lambda function: function)
+    wait_for(lambda: not runs.is_busy)
 
 
 def test_a_run_for_which_there_is_no_thread_does_not_keep_its_key(
@@ -410,7 +525,9 @@ def test_a_run_for_which_there_is_no_thread_does_not_keep_its_key(
     with monkeypatch.context() as patch:
         patch.setattr(concurrency, "spawn", spawn)
         with pytest.raises(RuntimeError, match="new thread"):
-            stage.begin(iter("a"))
+            stage.begin(iter("a"), owner="me")
+    assert stage.registry._owners == {}
+    assert not stage.runs._placed
     found = stage.registry.find("key")
     assert found
     assert found.state == "stream-error"

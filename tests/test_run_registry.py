@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,9 +11,16 @@ import pytest
 from flask_eventstream import EventStreamParser, MemoryBroker
 from flask_eventstream.event import with_id
 from flask_eventstream.redis_broker import RedisBroker
-from flask_eventstream.run_registry import ACTIVE, CANCELLED, LOST, MemoryRegistry, Write
+from flask_eventstream.run_registry import (
+    ACTIVE,
+    CANCELLED,
+    LOST,
+    MemoryRegistry,
+    NoRoomError,
+    Write,
+)
 
-from .servers import wait_for
+from .servers import DEADLINE, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,14 +46,19 @@ def broker(request: pytest.FixtureRequest) -> Iterator[LocalBroker]:
 
 @pytest.fixture
 def registry(broker: LocalBroker) -> RunRegistry:
-    return broker.registry(600, 15, 100)
+    return broker.registry(600, 15, 100, 3)
 
 
-def begin(registry: RunRegistry, run: str, key: str = "key") -> list[str]:
+def begin(registry: RunRegistry, run: str, key: str = "key", owner: str = "") -> list[str]:
     """Begin a run, and return what gets its id when it has to stop."""
     stopped: list[str] = []
-    assert registry.begin(key, run, lambda: stopped.append(run), END)
+    assert registry.begin(key, run, lambda: stopped.append(run), END, owner).run == run
     return stopped
+
+
+def finish(registry: RunRegistry, run: str, key: str, n: int = 1) -> None:
+    """Write the end of a run, as its producer does."""
+    assert registry.write([Write(key, run, n, event(run, n, "end"), "end")]) == [False]
 
 
 def event(run: str, n: int, type: str = "") -> bytes:
@@ -77,13 +91,80 @@ def test_a_run_is_found_as_it_stands(registry: RunRegistry) -> None:
 
 def test_a_key_has_one_active_run(registry: RunRegistry) -> None:
     begin(registry, "one")
-    assert not registry.begin("key", "two", pytest.fail, END)
+    registry.write([Write("key", "one", 1, event("one", 1))])
+    before = registry.begin("key", "two", pytest.fail, END)
+    assert before == registry.find("key")
+    assert (before.run, before.last) == ("one", 1)
     begin(registry, "two", "other")
-    assert registry.write([Write("key", "one", 1, event("one", 1), "end")]) == [False]
+    finish(registry, "one", "key", 2)
     begin(registry, "three")
     found = registry.find("key")
     assert found
     assert (found.run, found.last) == ("three", 0)
+
+
+def test_an_owner_has_as_many_runs_as_are_allowed(registry: RunRegistry) -> None:
+    for n in range(3):
+        begin(registry, f"run{n}", f"key{n}", "me")
+    with pytest.raises(NoRoomError):
+        registry.begin("key3", "run3", pytest.fail, END, "me")
+    assert registry.find("key3") is None
+    # Its own run is found all the same.
+    assert registry.begin("key1", "run4", pytest.fail, END, "me").run == "run1"
+    begin(registry, "run5", "key5", "you")
+    for n in range(6, 12):
+        begin(registry, f"run{n}", f"key{n}")
+    finish(registry, "run0", "key0")
+    begin(registry, "run3", "key3", "me")
+    with pytest.raises(NoRoomError):
+        registry.begin("key0", "run12", pytest.fail, END, "me")
+
+
+def test_a_run_that_is_refused_leaves_the_one_before_as_it_was(registry: RunRegistry) -> None:
+    begin(registry, "old", "key3", "me")
+    finish(registry, "old", "key3")
+    before = registry.find("key3")
+    for n in range(3):
+        begin(registry, f"run{n}", f"key{n}", "me")
+    with pytest.raises(NoRoomError):
+        registry.begin("key3", "run3", pytest.fail, END, "me")
+    assert registry.find("key3") == before
+
+
+def test_a_run_counts_for_its_owner_until_its_producer_has_ended(registry: RunRegistry) -> None:
+    for n in range(3):
+        begin(registry, f"run{n}", f"key{n}", "me")
+        assert registry.end(f"key{n}", f"run{n}", CANCELLED, END)
+    with pytest.raises(NoRoomError):
+        registry.begin("key0", "new", pytest.fail, END, "me")
+    # Also if its key has another run by then, or none.
+    begin(registry, "theirs", "key1")
+    registry.write([Write("key1", "run1", 1, event("run1", 1))])
+    with pytest.raises(NoRoomError):
+        registry.begin("key0", "new", pytest.fail, END, "me")
+    finish(registry, "run1", "key1")
+    begin(registry, "new", "key0", "me")
+
+
+def test_of_many_threads_as_many_begin_as_there_is_room_for(registry: RunRegistry) -> None:
+    barrier = threading.Barrier(8)
+    for round in range(20):
+        begun: list[str] = []
+
+        def start(run: str, begun: list[str]) -> None:
+            barrier.wait(DEADLINE)
+            with suppress(NoRoomError):
+                registry.begin(f"key of {run}", run, lambda: None, END, "me")
+                begun.append(run)
+
+        threads = [threading.Thread(target=start, args=(f"{round}-{n}", begun)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        assert len(begun) == 3
+        for run in begun:
+            finish(registry, run, f"key of {run}")
 
 
 def test_what_is_written_is_read_live_and_from_the_start(

@@ -33,10 +33,11 @@ def test_a_bad_value_is_an_error_that_names_its_key() -> None:
 
 def test_the_runs_of_an_app_have_the_limits_of_its_configuration() -> None:
     app = Flask(__name__)
-    app.config.update(EVENTSTREAM_MAX_RUNS=1)
+    app.config.update(EVENTSTREAM_MAX_RUNS=1, EVENTSTREAM_MAX_RUNS_PER_OWNER=2)
     runs = new_state(app).runs
-    assert runs.has_room("")
+    assert runs._max_runs == 1
     assert isinstance(runs.registry, MemoryRegistry)
+    assert runs.registry._max_per_owner == 2
 
 
 def test_without_a_blueprint_an_app_has_no_state(app: Flask) -> None:
