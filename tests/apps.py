@@ -23,8 +23,10 @@ from flask_eventstream import (
     EventStreamResponse,
     ServerSentEvent,
     concurrency,
+    hub,
     interval,
     merge,
+    shutdown,
 )
 from flask_eventstream.event import HEARTBEAT
 
@@ -47,6 +49,12 @@ def silent() -> Iterator[int]:
 
 @eventstream.stream("/mute", heartbeat=3)
 def mute() -> Iterator[int]:
+    yield 0
+    yield from interval(3600)
+
+
+@eventstream.stream("/quiet", heartbeat=3600)
+def quiet() -> Iterator[int]:
     yield 0
     yield from interval(3600)
 
@@ -243,8 +251,14 @@ def who() -> EventStreamResponse:
 
 
 def create_app(config: dict[str, Any] | None = None) -> Flask:
+    """Make the app; with ``TIME_TO_END``, its streams have so many seconds to end in order.
+
+    However many they are, and however busy the machine is, none is to be cut then.
+    """
     app = Flask(__name__)
     app.config.update(config or {})
+    if seconds := app.config.get("TIME_TO_END"):
+        shutdown._PATIENCE = shutdown._PATIENCE_WITH_GREENLETS = hub._STOP_SECONDS = seconds
     app.register_blueprint(eventstream)
     app.add_url_rule("/publish", view_func=publish, methods=["POST"])
     app.add_url_rule(
