@@ -126,8 +126,10 @@ def make(request: pytest.FixtureRequest, broker: dict[str, str]) -> Iterator[Cal
     sites: list[Site] = []
 
     def make_site(**config: Any) -> Site:
+        # Nobody lags for long enough to be cut off, however busy the machine is.
+        config = {"hijack": request.param, "max_lag": 3600, **config}
         given = {f"EVENTSTREAM_{name.upper()}": value for name, value in config.items()}
-        sites.append(Site({"EVENTSTREAM_HIJACK": request.param, **broker, **given}))
+        sites.append(Site({**broker, **given}))
         return sites[-1]
 
     yield make_site
@@ -214,13 +216,18 @@ def test_silence_is_broken_by_comments(make: Callable[..., Site]) -> None:
 
 
 def test_a_busy_stream_gets_no_heartbeat(make: Callable[..., Site]) -> None:
-    site = make(heartbeat=0.8)
+    site, quiet = make(heartbeat=0.8), 0.2
     client = site.connect()
-    end = time.monotonic() + 1.5
-    while time.monotonic() < end:
+    times = [time.monotonic()]
+    while times[-1] < times[0] + 1.5:
         id = site.publish("x")
         client.read_until(f"data: x\nid: {id}\n\n".encode())
-    assert re.findall(rb"(?m)^:.*\n", client.received) == [b":\n"]
+        times.append(time.monotonic())
+    # From one event to the one behind the next is longer than the silence between them. If that
+    # was a quarter of the interval or more, since the machine stood still, there may be beats.
+    pairs = zip(times, times[2:], strict=False)
+    allowed = sum(int((after - before) / quiet) for before, after in pairs)
+    assert 1 <= len(re.findall(rb"(?m)^:.*\n", client.received)) <= 1 + allowed
 
 
 def test_disconnecting_ends_the_stream_cleanly_after_what_was_published(site: Site) -> None:
@@ -355,13 +362,14 @@ def test_a_client_of_a_run_that_is_cut_again_and_again_gets_every_item_once(site
     client = site.connect("/stream/run?items=1500&pause=0.2", "POST")
     run = client.response.headers["X-Run-Id"]
     got: list[ServerSentEvent] = []
-    returns = 0
+    returns = seen = 0
     while not got or got[-1].type != "end":
         parser = EventStreamParser()
         while part := client.response.read1(100 + 37 * returns):
             got += parser.feed(part)
-            if got and len(got) % 7 == 0:
+            if len(got) >= seen + 7:
                 break
+        seen = len(got)
         client.close()
         cursor = {"Last-Event-ID": got[-1].id or ""} if got else {}
         client = site.connect("/stream/run", **cursor)
