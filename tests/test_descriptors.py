@@ -163,6 +163,18 @@ def test_a_reset_drops_what_the_client_did_not_read(
         read_all(client)
 
 
+def test_a_connection_that_is_cut_is_over_at_both_ends(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    server, client = pair
+    descriptors.cut(server.fileno())
+    assert client.recv(100) == b""
+    assert descriptors.send_from(server.fileno(), b"x", 0) < 0
+    client.close()
+    # It may be gone already.
+    descriptors.cut(server.fileno())
+
+
 def test_the_bell_ends_a_wait_from_any_thread(watcher: Watcher) -> None:
     threading.Timer(0.05, watcher.ring).start()
     # If nothing had ended it, there would be no event.

@@ -406,9 +406,11 @@ def test_a_lagging_subscriber_gets_everything_before_its_channel_ends(crowd: Cro
 
 
 def test_stopping_ends_all_streams_after_what_is_pending_and_those_to_come(crowd: Crowd) -> None:
+    assert not crowd.hub.is_busy
     clients = [crowd.join(is_chunked=True) for _ in range(10)]
     plain = crowd.join()
     wait_for(lambda: len(crowd.hub._members.all) == 11)
+    assert crowd.hub.is_busy
     crowd.broker.publish("x")
     crowd.hub.stop()
     ends = [read_all(client).partition(b"\n\n\r\n")[2] for client in clients]

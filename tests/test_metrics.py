@@ -278,6 +278,20 @@ def test_a_failure_is_logged_once_and_ends_the_thread(
     assert mirror is not None
 
 
+def test_with_files_for_several_processes_metrics_of_prometheus_own_are_instrumented(
+    app: Flask, monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry
+) -> None:
+    monkeypatch.setattr(metrics, "_SECONDS", 0.01)
+    monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
+    metrics.instrument(app, prometheus_client.CollectorRegistry())
+    mirror = app.extensions["eventstream.metrics"]
+    assert isinstance(mirror, metrics.Mirror)
+    mirror.update()
+    assert scraped(registry)["max_subscribers"] == 0
+    mirror._turn = object()
+
+
 def test_a_process_that_ends_tells_what_its_end_has_brought(
     app: Flask, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -806,6 +806,16 @@ def test_a_worker_that_ends_in_order_is_counted_out_at_once(
     broker.close()
 
 
+def test_at_the_end_of_a_process_a_broker_is_counted_out_if_it_was_counted(make: Make) -> None:
+    one, two, never_used = make(), make(), make()
+    subscription = two.subscribe()
+    wait_for(lambda: one.subscriber_count() == 1)
+    for broker in (two, never_used):
+        broker._leave()  # what the interpreter calls
+    assert one.subscriber_count() == 0
+    subscription.close()
+
+
 def test_a_reset_tells_what_was_asked_for(make: Make, redis: RedisServer) -> None:
     broker = make()
     subscription = broker.subscribe()
