@@ -176,14 +176,17 @@ def test_chunked_and_plain_subscribers_of_one_channel_get_the_same(crowd: Crowd)
 
 
 def test_what_is_published_back_to_back_is_sent_together(crowd: Crowd) -> None:
-    news, may_look = crowd.hub._news, threading.Event()
+    news, is_looking, may_look = crowd.hub._news, threading.Event(), threading.Event()
 
     def look_late() -> Any:
+        is_looking.set()
         assert may_look.wait(DEADLINE)
         return news()
 
     crowd.hub._news = look_late
     client = crowd.join(is_chunked=True)
+    # The client has been taken in by now, or will be after all of them are published.
+    assert is_looking.wait(DEADLINE)
     for n in range(100):
         crowd.broker.publish(str(n))
     may_look.set()
