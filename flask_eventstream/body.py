@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .places import Place
     from .shutdown import Shutdown
     from .subscription import Subscription
+    from .threads import Threads
 
 
 _PROBE_SECONDS = 1.0
@@ -60,6 +61,7 @@ class SubscriptionBody:
     :ivar number: which one of the process it is.
     :ivar begun: when it was made, by :func:`time.monotonic`.
     :ivar reason: why it has ended, see :mod:`endings`.
+    :ivar threads: what has the server's threads, if it may not wait in any number of them.
     :ivar stay: that its client is present; ``None`` if it only reads.
     """
 
@@ -80,6 +82,7 @@ class SubscriptionBody:
         "reason",
         "stay",
         "subscription",
+        "threads",
     )
 
     def __init__(
@@ -105,6 +108,7 @@ class SubscriptionBody:
         self._finish: Callable[[], None] | None = None
         self._place = place
         self.stay: Stay | None = None
+        self.threads: Threads | None = None
         if place is not None:
             place.keep_for(self)
 
@@ -116,6 +120,8 @@ class SubscriptionBody:
             return self.take_start(_PIECE_BYTES)
         if self._silence is None:
             self._silence = Silence(self._heartbeat)
+            if self.threads is not None and not self.threads.take(self):
+                return self._all_without_waiting()
             self._keeper.shutdown.enter(self)
         pause = min(self._silence.pause, self.deadline - time.monotonic())
         events = self.subscription.take(pause) if pause > 0 else None
@@ -124,6 +130,15 @@ class SubscriptionBody:
         if events:
             self._keeper.delivered(events)
         return self._silence.broken_by(events or HEARTBEAT)
+
+    def _all_without_waiting(self) -> bytes:
+        # It returns for more, as its first bytes say, and maybe a thread is free then.
+        events = self.subscription.take(0)
+        self.end(endings.REFUSED)
+        if not events:
+            raise StopIteration
+        self._keeper.delivered(events)
+        return events
 
     def _last_bytes(self, *, is_late: bool) -> bytes:
         if is_late:
@@ -183,6 +198,8 @@ class SubscriptionBody:
             del self._is_open
         except AttributeError:
             return
+        if self.threads is not None:
+            self.threads.release(self)
         self._keeper.shutdown.leave(self)
         self._keeper.closed(self)
 

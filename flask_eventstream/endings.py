@@ -21,6 +21,9 @@ REVOKED = "revoked"
 ENDED = "ended"
 """There is nothing more to come: ``disconnect``, or the end of a run."""
 
+REFUSED = "refused"
+"""Subscribers have as many threads of the server as they may, and the hub could not take it."""
+
 STOPPED = "stopped"
 """The server stops."""
 
@@ -30,5 +33,5 @@ FAILED = "failed"
 ABNORMAL = (VANISHED, LAGGED, FAILED)
 """What operators want to hear of, each time."""
 
-REASONS = (LEFT, VANISHED, LAGGED, EXPIRED, REVOKED, ENDED, STOPPED, FAILED)
+REASONS = (LEFT, VANISHED, LAGGED, EXPIRED, REVOKED, ENDED, REFUSED, STOPPED, FAILED)
 """Why a subscriber's stream has ended."""

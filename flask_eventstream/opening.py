@@ -146,6 +146,7 @@ def open_stream(
         subscription, first, config.heartbeat, config.max_lifetime, state, place
     )
     body.stay = stay
+    body.threads = state.threads
     time_left = access.time_left()
     if time_left is not None:
         body.deadline = min(body.deadline, time.monotonic() + time_left)

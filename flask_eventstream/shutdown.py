@@ -153,7 +153,7 @@ class Shutdown:
 
     def watch(self) -> None:
         """Look at the server as long as there are streams; to be called once there is one."""
-        worker = _worker()
+        worker = gunicorn_worker()
         with self._mutex:
             is_watched, self._is_watched = self._is_watched, worker is not None
         self._is_greenlet = concurrency.runs_in_greenlet()
@@ -234,7 +234,7 @@ def farewell(retry: int, streams: int) -> bytes:
     return b"retry: %d\n" % (0.8 * retry + random.random() * spread)
 
 
-def _worker() -> Any:
+def gunicorn_worker() -> Any:
     """Return gunicorn's worker, if this process is one."""
     # It is the owner of the handler of its signals.
     worker = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask, current_app
 
-from . import access, endings
+from . import access, descriptors, endings
 from .brokers import new_broker
 from .config import Config, without_secrets
 from .errors import BrokerUnavailableError, NotRegisteredError
@@ -24,6 +24,7 @@ from .revocations import Revocations
 from .runs import Runs
 from .shutdown import Shutdown, farewell
 from .signals import subscriber_disconnected
+from .threads import Threads
 
 if TYPE_CHECKING:
     from .body import SubscriptionBody
@@ -48,6 +49,7 @@ class State:
     :param members: who is present.
     :param shutdown: what ends all of that.
     :param figures: what is counted of it.
+    :param threads: those in which its server may iterate streams, where the hub is to serve them.
     :param has_warned: whether it was said that the broker is for one process only.
     :param blueprints: those that are registered with it.
     """
@@ -62,6 +64,7 @@ class State:
     members: Members
     shutdown: Shutdown
     figures: Figures = field(default_factory=Figures)
+    threads: Threads | None = None
     has_warned: bool = False
     blueprints: list[Any] = field(default_factory=list)
 
@@ -135,7 +138,10 @@ def new_state(app: Any) -> State:
     # The last one here is the first one that hears of the interpreter's end.
     shutdown = Shutdown(config.retry, runs, *filter(None, [hub]))
     members = broker.members(config.presence_seconds)
-    return State(app, config, broker, places, revocations, hub, runs, members, shutdown)
+    state = State(app, config, broker, places, revocations, hub, runs, members, shutdown)
+    if hub is not None and descriptors.IS_AVAILABLE:
+        state.threads = Threads()
+    return state
 
 
 def app_in_use() -> Flask:

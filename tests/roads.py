@@ -30,6 +30,7 @@ GUNICORN = {
     "gevent-pywsgi": ["gevent_pywsgi"],
     "gevent-tls": ["gevent"],
     "gthread-tls": ["gthread", "--threads=8"],
+    "sync-tls": ["sync"],
 }
 HIJACKABLE = [
     *("gevent", "gthread", "sync", "gevent-pywsgi"),

@@ -185,3 +185,28 @@ def test_nobody_else_is_ended_alone(broker: MemoryBroker) -> None:
         stream.finish_by(pytest.fail)
         stream.finish()
         assert list(stream) == []
+
+
+class NoThreads:
+    """What has no thread of the server for anybody."""
+
+    def take(self, stream: object) -> bool:
+        return False
+
+    def release(self, stream: object) -> None: ...
+
+
+@pytest.mark.parametrize("events", [0, 2])
+def test_a_body_that_may_not_wait_gives_what_there_is_and_ends(
+    broker: MemoryBroker, keeper: Keeper, events: int
+) -> None:
+    stream = body(broker, b"first", keeper)
+    stream.threads = NoThreads()  # type: ignore[assignment]
+    for n in range(events):
+        broker.publish(n)
+    first, *rest = stream
+    assert first == b"first"
+    assert b"".join(rest).count(b"data: ") == events
+    assert keeper.sent == rest
+    assert keeper.reasons == ["refused"]
+    assert broker.subscriber_count() == 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .proxies import proxy
-from .roads import TIMEOUT, Site
+from .roads import TIMEOUT, Client, Site, Sites
 from .servers import serving, wait_for
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ ATTACKS = {
     "a body and a second request": (b"Content-Length: 1", b"x" + GREETING),
     "a body that is waited for": (b"Content-Length: 1\r\nExpect: 100-continue", b""),
 }
-FIRST_LINES = [b"GET /stream HTTP/1.1", b"GET /stream HTTP/1.9", b"GET /stream/answer/one HTTP/1.1"]
+FIRST_LINES = [b"GET /stream HTTP/1.1", b"GET /stream/answer/one HTTP/1.9"]
 
 
 @pytest.fixture(scope="module", params=WORKERS)
@@ -121,3 +121,58 @@ def test_through_nginx_they_take_no_thread_either(site: Site, tmp_path: Path, wh
             until(client, b"retry: 0\n")
         assert sockets(site) == MANY
     wait_for(lambda: sockets(site) == 0, what="those who left to be gone")
+
+
+# --- What the hub cannot take
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
+    with ExitStack() as stack:
+        sites = Sites(tmp_path_factory.mktemp("sites"), stack)
+        yield sites
+        sites.stop()
+
+
+def subscribe(stack: ExitStack, site: Site) -> Client:
+    client = stack.enter_context(site.client())
+    client.ask("/stream")
+    assert client.head().status_code == 200
+    assert client.until(b"retry: 0\n") == b":\nretry: 0\n"
+    return client
+
+
+def test_over_tls_subscribers_have_half_of_the_threads(sites: Sites) -> None:
+    site = sites("gthread-tls")
+    with ExitStack() as stack:
+        inside = [subscribe(stack, site) for _ in range(4)]
+        wait_for(lambda: site.counts()["subscribers"] == 4)
+        for _ in range(MANY):
+            assert subscribe(stack, site).body() == b""
+        assert site.counts()["subscribers"] == 4
+        id = site.publish("x").encode()
+        for client in inside:
+            assert client.until(b"\n\n") == b"data: x\nid: %b\n\n" % id
+        # Who leaves makes room.
+        inside[0].leave()
+        wait_for(lambda: site.publish("y") and site.counts()["subscribers"] == 3)
+        subscribe(stack, site)
+        wait_for(lambda: site.counts()["subscribers"] == 4)
+        assert subscribe(stack, site).body() == b""
+    assert site.server.log().count("take subscribers' sockets") == 1
+
+
+def test_over_tls_a_single_thread_is_taken_by_nobody_and_those_who_return_miss_nothing(
+    sites: Sites,
+) -> None:
+    site = sites("sync-tls")
+    cursor = site.publish("first")
+    ids = [site.publish(n).encode() for n in range(2)]
+    with site.client() as client:
+        client.ask("/stream", headers={"Last-Event-ID": cursor})
+        assert client.head().status_code == 200
+        events = b"data: 0\nid: %b\n\ndata: 1\nid: %b\n\n" % (ids[0], ids[1])
+        assert client.body() == b":\nretry: 0\n" + events
+    with ExitStack() as stack:
+        assert subscribe(stack, site).body() == b""
+    assert site.counts()["subscribers"] == 0
