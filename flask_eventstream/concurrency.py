@@ -219,6 +219,14 @@ def current_greenlet() -> Any:
     return sys.modules["gevent.hub"].getcurrent() if runs_in_greenlet() else None
 
 
+def runs_in_event_loop() -> bool:
+    """Tell whether an event loop of asyncio, which has the thread for itself, runs the caller."""
+    loops = sys.modules.get("asyncio.events")
+    # asyncio takes a loop of one greenlet for that of all.
+    is_known = loops is not None and not runs_in_greenlet()
+    return is_known and loops._get_running_loop() is not None  # type: ignore[union-attr]
+
+
 def ends_thread(error: BaseException) -> bool:
     """Tell whether an error is meant to end a thread, a greenlet or the process.
 

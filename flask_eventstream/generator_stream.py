@@ -14,7 +14,7 @@ from flask import current_app, got_request_exception, has_app_context
 
 from . import concurrency
 from .body import Silence
-from .config import check_seconds
+from .config import Config, check_seconds
 from .contexts import StreamContext, carried, unwrapped
 from .event import HEARTBEAT
 from .producer import END, NOTHING, Producers, ticks
@@ -77,6 +77,9 @@ def body_of(stream: Iterable[Any], encoder: StreamFormat, heartbeat: float | Non
     if isinstance(stream, (str, bytes, Mapping)):
         what = stream.__class__.__name__
         raise TypeError(f"the stream is a {what}; give an iterable of items, such as a generator")
+    if heartbeat is None and concurrency.runs_in_event_loop():
+        # An async view has a thread for itself, and the server another one.
+        heartbeat = Config.heartbeat
     shutdown, turn = shutdown_in_use(), Turn()
     items = _encoded(stream, encoder, shutdown, turn)
     if heartbeat is None:
@@ -120,6 +123,7 @@ class GeneratorBody:
 
     def hold(self) -> None:
         """Put off the end of the request, as a server is about to send the stream."""
+        self._turn.take()
         if self._is_whole:
             self._context.hold()
 

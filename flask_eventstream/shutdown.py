@@ -72,9 +72,13 @@ class Turn:
     __slots__ = ("_greenlet", "error", "is_producing")
 
     def __init__(self) -> None:
-        self._greenlet = concurrency.current_greenlet()
         self.is_producing = True
         self.error: BaseException | None = None
+        self.take()
+
+    def take(self) -> None:
+        """Take note that the current greenlet runs the view from now on, if one does."""
+        self._greenlet = concurrency.current_greenlet()
 
     def stop(self) -> None:
         """Throw the view out of its wait, if it is a greenlet's; a thread's ends at its next item.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 HOME = os.environ["COMMON_APP_HOME"]
+
+IN_ASYNC = ("async-plain", "async-merge", "async-wrapped")
 
 eventstream = EventStream("eventstream", __name__, url_prefix="/")
 db = SQLAlchemy()
@@ -133,7 +136,9 @@ def add_hooks(app: Flask) -> None:
 
 def has_own_thread() -> bool:
     kind = request.path.split("/")[1]
-    return kind in ("heartbeat", "merge-heartbeat", "view-heartbeat", "run", "wrapped-heartbeat")
+    # An async view's stream has a thread of its own where the server has threads.
+    is_gevent = "gevent" in sys.modules
+    return "heartbeat" in kind or kind == "run" or (kind in IN_ASYNC and not is_gevent)
 
 
 def wait_for_the_end_of_the_request() -> None:
@@ -226,9 +231,12 @@ def add_views(app: Flask, name: str, items: Callable[[], Iterator[Any]]) -> None
 
     for kind in ("plain", "heartbeat", "merge", "merge-heartbeat", "wrapped", "wrapped-heartbeat"):
         app.add_url_rule(f"/{kind}/{name}", f"{kind}-{name}", answer(kind), methods=["POST"])
-    app.add_url_rule(
-        f"/async/{name}", f"async-{name}", in_async(answer("heartbeat")), methods=["POST"]
-    )
+        app.add_url_rule(
+            f"/async-{kind}/{name}",
+            f"async-{kind}-{name}",
+            in_async(answer(kind)),
+            methods=["POST"],
+        )
     options: Any = {"methods": ["POST"]}
     eventstream.stream(f"/view/{name}", endpoint=f"view-{name}", **options)(items)
     eventstream.stream(

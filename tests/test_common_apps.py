@@ -16,7 +16,8 @@ pytestmark = pytest.mark.beside
 
 WAYS = (
     "plain", "heartbeat", "merge", "merge-heartbeat", "wrapped", "wrapped-heartbeat", "view",
-    "view-heartbeat", "async", "async-view", "run",
+    "view-heartbeat", "async-plain", "async-heartbeat", "async-merge", "async-wrapped",
+    "async-view", "run",
 )  # fmt: skip
 DROPPED = ("plain", "heartbeat", "merge", "wrapped")
 WORKERS = {
