@@ -53,8 +53,8 @@ class EventStreamResponse(Response):
     :param status: the HTTP status; 200 by default.
     :param headers: more headers. ``Cache-Control`` and ``X-Accel-Buffering`` are set unless given.
     :param heartbeat: with a number of seconds, the iterable runs on a thread or greenlet of its own
-        with a copy of the request's context; whenever it is silent for that long, a comment is
-        sent, which also finds out whether the client has left. ``None`` by default.
+        with an app context of its own; whenever it is silent for that long, a comment is sent,
+        which also finds out whether the client has left. ``None`` by default.
     :param format: ``"sse"``, ``"openai"`` for clients of OpenAI's API, or ``"ai-sdk"`` for those of
         Vercel's AI SDK.
     :raises ConfigurationError: if there is no such format, or ``heartbeat`` is not more than 0.
