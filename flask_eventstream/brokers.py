@@ -27,6 +27,7 @@ def new_broker(config: Config) -> LocalBroker:
         "max_event_bytes": config.max_event_bytes,
         "max_lag": config.max_lag,
         "max_run_bytes": config.max_run_bytes,
+        "max_idle_bytes": config.max_idle_bytes,
     }
     if config.broker_url == "memory://":
         return MemoryBroker(**options)

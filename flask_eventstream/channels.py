@@ -6,6 +6,7 @@ done once for each set, and not for each subscriber.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from . import concurrency
 
 _SWEPT_AT_ONCE = 16
+_CHANNEL_BYTES = 1024
+"""What a channel counts besides its name and its events, in bytes; it has less on CPython 3.11."""
+
 _SMALLEST_EVENT = 10
 """No published event is smaller, in bytes on the wire: each has an id and data."""
 
@@ -29,13 +33,15 @@ class Channel:
     :param now: the time of the broker's clock, in seconds.
     """
 
-    __slots__ = ("history", "name", "sets", "touched")
+    __slots__ = ("bytes", "history", "name", "sets", "touched")
 
     def __init__(self, name: str, history: History, now: float) -> None:
         self.name = name
         self.history = history
         self.touched = now
         self.sets: set[ChannelSet] = set()
+        # What it counts among those that nobody reads.
+        self.bytes = 0
 
 
 class Owner(Protocol):
@@ -118,11 +124,18 @@ class Channels:
     :param new_history: makes the history of a channel, given its name and the highest number in
         the sequence that may have been dropped from it before.
     :param seconds: how long a channel is kept that nobody touches, in seconds.
+    :param max_idle_bytes: how much is kept in all of channels that nobody reads; without limit by
+        default. Those that were used longest ago are forgotten first.
     :ivar position: the place in the sequence up to which the books are complete.
     :ivar subscriptions: how many there are.
     """
 
-    def __init__(self, new_history: Callable[[str, int], History], seconds: float) -> None:
+    def __init__(
+        self,
+        new_history: Callable[[str, int], History],
+        seconds: float,
+        max_idle_bytes: float = math.inf,
+    ) -> None:
         self.position = 0
         self.subscriptions = 0
         self._new_history = new_history
@@ -130,6 +143,10 @@ class Channels:
         self._forgotten = 0
         # In the order in which they were last touched, so that what has expired is found in front.
         self._channels: OrderedDict[str, Channel] = OrderedDict()
+        # Of these, the ones that nobody reads, in the same order.
+        self._idle: OrderedDict[str, Channel] = OrderedDict()
+        self._idle_bytes = 0
+        self._max_idle_bytes = max_idle_bytes
         self._sets: dict[tuple[str, ...], ChannelSet] = {}
         self._watches: list[_Watch] = []
         self._ahead: list[tuple[int, Channel]] = []
@@ -166,7 +183,9 @@ class Channels:
 
     def discard(self, name: str, last: Entry | None = None) -> None:
         """Take a channel off the books. Who reads it gets one last event, and ends with it."""
-        channel = self._channels.pop(name, None)
+        channel = self._channels.get(name)
+        if channel is not None:
+            self._remove(channel)
         if channel is not None and last is not None and channel.sets:
             channel.history.append(last, keep_tail=True)
             self.end(channel.sets, last.seq)
@@ -184,6 +203,10 @@ class Channels:
             if has_readers:
                 is_read = True
                 self._stir(channel, entry.seq)
+            elif channel.history.expires:
+                self._weigh(channel)
+                self._idle.move_to_end(name)
+                self._forget_oldest()
         return is_read
 
     def advance(self, position: int) -> bool:
@@ -202,6 +225,7 @@ class Channels:
             self._sets[names] = channel_set = ChannelSet(owner, self, channels)
             for channel in channels:
                 channel.sets.add(channel_set)
+                self._weigh(channel)
         channel_set.size += 1
         self.subscriptions += 1
         return channel_set
@@ -221,6 +245,7 @@ class Channels:
             channel.sets.discard(channel_set)
             channel.history.trim(now, keep_tail=bool(channel.sets))
             self._forget_if_idle(channel)
+        self._forget_oldest()
 
     def end(self, channel_sets: Iterable[ChannelSet], position: int) -> int:
         """End some sets at a position, and return how many subscriptions they have."""
@@ -258,11 +283,39 @@ class Channels:
             self._forget_if_idle(channel)
 
     def _forget_if_idle(self, channel: Channel) -> None:
-        if not channel.history and not channel.sets and self._channels.get(channel.name) is channel:
-            self._forgotten = max(self._forgotten, channel.history.dropped)
-            del self._channels[channel.name]
-            for watch in self._watches:
-                watch.stirred.discard(channel)
+        if self._channels.get(channel.name) is not channel:
+            return
+        if channel.history or channel.sets:
+            self._weigh(channel)
+        else:
+            self._forget(channel)
+
+    def _forget(self, channel: Channel) -> None:
+        self._forgotten = max(self._forgotten, channel.history.newest)
+        self._remove(channel)
+        for watch in self._watches:
+            watch.stirred.discard(channel)
+
+    def _remove(self, channel: Channel) -> None:
+        del self._channels[channel.name]
+        self._idle.pop(channel.name, None)
+        self._idle_bytes -= channel.bytes
+        channel.bytes = 0
+
+    def _weigh(self, channel: Channel) -> None:
+        history, before = channel.history, channel.bytes
+        is_idle = not channel.sets and history.expires
+        channel.bytes = _CHANNEL_BYTES + len(channel.name) + history.bytes if is_idle else 0
+        self._idle_bytes += channel.bytes - before
+        if is_idle:
+            self._idle[channel.name] = channel
+        elif before:
+            del self._idle[channel.name]
+
+    def _forget_oldest(self) -> None:
+        # The newest one stays, however large it is.
+        while self._idle_bytes > self._max_idle_bytes and len(self._idle) > 1:
+            self._forget(next(iter(self._idle.values())))
 
     def watch(self, ring: Callable[[], None]) -> _Watch:
         """Have a function called by :meth:`ring`, and note for :meth:`news` what was stirred."""

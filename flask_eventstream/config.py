@@ -68,6 +68,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "max_runs": _whole(1),
     "max_runs_per_owner": _whole(1),
     "max_run_bytes": _whole(1),
+    "max_idle_bytes": _whole(1),
     "run_seconds": _seconds,
     "run_lease": _lease,
     "max_subscribers_per_address": _whole(1),
@@ -104,6 +105,9 @@ class Config:
     :param max_runs_per_owner: and how many of one owner; with Redis, of all processes together.
     :param max_run_bytes: how much of a run's log is kept, in bytes. Who comes when its beginning
         is gone gets a ``reset``.
+    :param max_idle_bytes: how much is kept of what nobody reads, in bytes: of channels without
+        subscribers, and as much of runs that have ended; with Redis, of those of all processes. The
+        oldest are forgotten first.
     :param run_seconds: how long a run can be read after its end, in seconds.
     :param run_lease: with Redis, after how many seconds a run is lost whose process is silent.
     :param max_subscribers_per_address: how many subscribers of one IP address a process may have,
@@ -132,6 +136,7 @@ class Config:
     max_subscribers_per_address: int | None = None
     max_subscribers_per_user: int | None = None
     presence_seconds: float = PRESENCE_SECONDS
+    max_idle_bytes: int = 64 * 1024 * 1024
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Config:

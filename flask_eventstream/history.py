@@ -93,6 +93,16 @@ class History:
         # Of each key, the number of the only entry that it has.
         self._keys: dict[str, int] = {}
 
+    @property
+    def bytes(self) -> int:
+        """How much is kept, in bytes."""
+        return self._bytes
+
+    @property
+    def expires(self) -> bool:
+        """Whether what is kept is forgotten after a while."""
+        return self._seconds < math.inf
+
     def __len__(self) -> int:
         return len(self._entries) - self._first
 

@@ -34,6 +34,10 @@ MINTED_HINT = "has the form of this broker's own ids; choose another, or leave i
 MAX_RUN_BYTES = 8 * 1024 * 1024
 """How much of a run's log is kept by default, in bytes."""
 
+MAX_IDLE_BYTES = 64 * 1024 * 1024
+"""How much is kept by default of channels that nobody reads, and of runs that have ended, each in
+bytes."""
+
 LOG_PREFIX = "\x1frun:"
 """What the names of logs begin with. :func:`channel_names` refuses it, so no request and no
 publisher can name a log."""
@@ -50,6 +54,8 @@ class LocalBroker(Broker):
     :param max_lag: for how many seconds events beyond ``history`` are kept for subscribers that are
         connected; 30 by default.
     :param max_run_bytes: how much of a run's log is kept; 8 MiB by default.
+    :param max_idle_bytes: how much is kept of channels that nobody reads, in bytes; without limit
+        by default.
     :param clock: a clock in seconds that never goes back; :func:`time.monotonic` by default.
     :ivar replays: how many subscriptions began with exactly what came after their cursor.
     :ivar resets: and how many with a ``reset``.
@@ -66,6 +72,7 @@ class LocalBroker(Broker):
         max_event_bytes: int = MAX_EVENT_BYTES,
         max_lag: float = 30,
         max_run_bytes: int = MAX_RUN_BYTES,
+        max_idle_bytes: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(max_event_bytes=max_event_bytes)
@@ -77,7 +84,7 @@ class LocalBroker(Broker):
         def new_history(name: str, dropped: int) -> History:
             return (of_log if name.startswith(LOG_PREFIX) else of_channel)(dropped=dropped)
 
-        self._new_channels = partial(Channels, new_history, history_seconds)
+        self._new_channels = partial(Channels, new_history, history_seconds, max_idle_bytes)
         self._clock = clock
         self._is_closed = False
         self._rings: list[Callable[[], None]] = []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .broker import DEFAULT_CHANNEL, channel_names
 from .errors import InvalidFieldError
 from .event import with_id
 from .history import Entry
-from .local_broker import LOG_PREFIX, MINTED_HINT, LocalBroker, seq_of_minted
+from .local_broker import LOG_PREFIX, MAX_IDLE_BYTES, MINTED_HINT, LocalBroker, seq_of_minted
 from .members import MemoryMembers
 from .run_registry import MAX_RUNS_PER_OWNER, MemoryRegistry
 
@@ -26,6 +26,8 @@ class MemoryBroker(LocalBroker):
     :param max_lag: for how many seconds events beyond ``history`` are kept for subscribers that are
         connected; 30 by default.
     :param max_run_bytes: how much of a run's log is kept; 8 MiB by default.
+    :param max_idle_bytes: how much is kept in all of channels that nobody reads, and how much of
+        runs that have ended; 64 MiB each by default. The oldest are forgotten first.
     :param clock: a clock in seconds that never goes back; :func:`time.monotonic` by default.
 
     What is kept beyond ``history`` is at most four times ``max_event_bytes`` for each channel. A
@@ -38,6 +40,10 @@ class MemoryBroker(LocalBroker):
     True
     >>> subscription.close()
     """
+
+    def __init__(self, *, max_idle_bytes: int = MAX_IDLE_BYTES, **options: Any) -> None:
+        self._max_idle_bytes = max_idle_bytes
+        super().__init__(max_idle_bytes=max_idle_bytes, **options)
 
     def _start(self) -> None:
         super()._start()
@@ -94,7 +100,9 @@ class MemoryBroker(LocalBroker):
     ) -> MemoryRegistry:
         """Return what knows of the runs; see :meth:`LocalBroker.registry`."""
         # No lease: who could be told that this process is gone is gone with it.
-        return MemoryRegistry(self, seconds, max_ended, max_per_owner, self._clock)
+        return MemoryRegistry(
+            self, seconds, max_ended, max_per_owner, self._max_idle_bytes, self._clock
+        )
 
     def members(self, seconds: float) -> MemoryMembers:
         """Return what knows who is present; see :meth:`LocalBroker.members`."""
@@ -114,6 +122,11 @@ class MemoryBroker(LocalBroker):
     def end_log(self, run: str) -> None:
         """End all who read the log of a run, after what it has."""
         self._end(LOG_PREFIX + run)
+
+    def size_of_log(self, run: str) -> int:
+        """Return how much is kept of the log of a run, in bytes."""
+        with self._mutex:
+            return sum(one.bytes for one in self._channels.histories([LOG_PREFIX + run]))
 
     def forget_log(self, run: str) -> None:
         """Forget what the log of a run has; who reads it goes on."""

@@ -11,7 +11,7 @@ from . import concurrency
 from .broker import DEFAULT_CHANNEL, channel_names
 from .errors import BrokerUnavailableError, InvalidFieldError
 from .event import MAX_EVENT_BYTES
-from .local_broker import LOG_PREFIX, MAX_RUN_BYTES, MINTED_HINT, LocalBroker
+from .local_broker import LOG_PREFIX, MAX_IDLE_BYTES, MAX_RUN_BYTES, MINTED_HINT, LocalBroker
 from .members import PRESENCE_SECONDS
 from .redis_feeds import LEAST_KEPT, MARGIN_SECONDS, Feeds
 from .redis_link import DOUBT_SECONDS, KEY_PREFIX, MintedIdError, RedisLink, Repeats
@@ -50,6 +50,8 @@ class RedisBroker(LocalBroker):
     :param max_lag: for how many seconds events beyond ``history`` are kept for subscribers that are
         connected; 30 by default.
     :param max_run_bytes: how much of a run's log is kept; 8 MiB by default.
+    :param max_idle_bytes: how much is kept of runs that have ended, of all processes together; 64
+        MiB by default. The oldest are forgotten first.
     :param timeout: how long ``publish`` waits for Redis at most, in seconds; 5 by default. What has
         to ask more than once may wait as often.
     :param max_connections: the size of the pool for commands; 8 by default. One connection more
@@ -76,6 +78,7 @@ class RedisBroker(LocalBroker):
         max_event_bytes: int = MAX_EVENT_BYTES,
         max_lag: float = 30,
         max_run_bytes: int = MAX_RUN_BYTES,
+        max_idle_bytes: int = MAX_IDLE_BYTES,
         timeout: float = 5,
         max_connections: int = 8,
     ) -> None:
@@ -95,6 +98,7 @@ class RedisBroker(LocalBroker):
             max_run_bytes=max_run_bytes,
         )
         self._max_run_bytes = max_run_bytes
+        self._max_idle_bytes = max_idle_bytes
         self.revocation_log = RevocationLog(self._link, self._keys.revoked)
         # For those that only read, and tell of members whose process has died.
         self.members(PRESENCE_SECONDS)
@@ -220,7 +224,7 @@ class RedisBroker(LocalBroker):
         max_per_owner: int = MAX_RUNS_PER_OWNER,
     ) -> RedisRegistry:
         """Return what knows of the runs, which Redis keeps; see :meth:`LocalBroker.registry`."""
-        limits = self._max_run_bytes, max_per_owner
+        limits = self._max_run_bytes, self._max_idle_bytes, max_per_owner
         return RedisRegistry(self._link, self._keys, self.local_count, seconds, lease, *limits)
 
     def members(self, seconds: float) -> RedisMembers:

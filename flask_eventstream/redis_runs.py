@@ -8,6 +8,10 @@
 ``eventstream:0:owner:<digest>``
     A sorted set: the runs of an owner whose producers have not ended, and until when each counts by
     the time of Redis (ms) if its process is not heard of any more.
+``eventstream:0:ended``
+    A sorted set: the runs that have ended, as ``<run> <bytes> <name of its hash>``, and when (ms).
+    How much they have together is ``ended`` in ``eventstream:0:state``. Beyond a limit the oldest
+    are forgotten.
 
 The log of a run is a channel. What is written to it changes the hash in the same step, and only if
 the run is active and, for its producer, the lease is there. So a process that stood still for too
@@ -122,12 +126,13 @@ return found
 WRITE = (
     STATE
     + """
--- Writes to the log of a run. KEYS: 3 the log, 4 the hash, 5 the lease, 6 the runs of its owner.
+-- Writes to the log of a run. KEYS: 3 the log, 4 the hash, 5 the lease, 6 the runs of its owner,
+-- 7 those that have ended.
 -- ARGV: 1 how many entries a log keeps, 2 for how many seconds, 3 and how many bytes; 4 the run;
 -- 5 '1' if the lease has to be there, '0' if it must not be, '' if that does not matter; 6 the
 -- number of the last event, or '' for the next one, whose wire then lacks its id; 7 the state
 -- afterwards; 8 the wire; 9 '1' if the hash is to be forgotten; 10 the number of events; 11 '1' if
--- the producer has ended.
+-- the producer has ended; 12 how many bytes of runs that have ended are kept.
 -- Returns the state, and 1 if this has made it so. It is 'torn' if events before these are missing.
 local keep, seconds, nonce, most = tonumber(ARGV[1]), tonumber(ARGV[2]), '', tonumber(ARGV[3])
 if ARGV[11] == '1' then
@@ -175,6 +180,29 @@ redis.call('EXPIRE', KEYS[4], seconds)
 if ARGV[9] == '1' then
   redis.call('DEL', KEYS[4])
 end
+if ARGV[7] ~= 'active' then
+  local ended = redis.call('EXISTS', KEYS[7]) == 1 and redis.call('HGET', KEYS[1], 'ended') or 0
+  local own = string.format('%s %.0f %s', ARGV[4], bytes + 1024, KEYS[4])
+  redis.call('ZADD', KEYS[7], string.format('%.0f', now), own)
+  redis.call('EXPIRE', KEYS[7], seconds)
+  ended = ended + bytes + 1024
+  local logs = string.sub(KEYS[3], 1, -#ARGV[4] - 1)
+  while true do
+    local oldest = redis.call('ZRANGE', KEYS[7], 0, 0, 'WITHSCORES')
+    local is_old = tonumber(oldest[2]) <= now - seconds * 1000
+    if oldest[1] == own or not is_old and ended <= tonumber(ARGV[12]) then
+      break
+    end
+    local run, size, hash = string.match(oldest[1], '^(%S+) (%d+) (.*)$')
+    redis.call('ZREM', KEYS[7], oldest[1])
+    redis.call('DEL', logs .. run)
+    if redis.call('HGET', hash, 'run') == run then
+      redis.call('DEL', hash)
+    end
+    ended = ended - size
+  end
+  redis.call('HSET', KEYS[1], 'ended', string.format('%.0f', ended))
+end
 return {ARGV[7], 1}
 """
 )
@@ -208,6 +236,7 @@ class RedisRegistry(RunRegistry):
     :param seconds: how long a run is kept after its end, in seconds.
     :param lease: after how many seconds a producer that is not heard of is lost.
     :param max_bytes: how much of a log is kept, in bytes.
+    :param max_ended_bytes: how much is kept of the runs of all processes that have ended, in bytes.
     :param max_per_owner: how many runs one owner may have, in all processes.
     """
 
@@ -219,6 +248,7 @@ class RedisRegistry(RunRegistry):
         seconds: float,
         lease: float,
         max_bytes: int,
+        max_ended_bytes: int,
         max_per_owner: int = MAX_RUNS_PER_OWNER,
     ) -> None:
         self._link = link
@@ -229,6 +259,7 @@ class RedisRegistry(RunRegistry):
         self._times = self._seconds, self._lease_ms
         self._pause = lease / 10
         self._max_bytes = max_bytes
+        self._max_ended_bytes = max_ended_bytes
         self._max_per_owner = max_per_owner
         self._start()
         concurrency.call_after_fork(self._start)
@@ -308,17 +339,18 @@ class RedisRegistry(RunRegistry):
 
     def _call_of(self, write: Write, own: _Own) -> tuple[Sequence[bytes], Sequence[Any]]:
         # The lease that the run was begun with, and not one that the process has by now.
-        keys = self._keys_of(own.key, write.run, self._keys.producer(own.token))
+        keys = self._keys_of(own.key, write.run, own.token, own.owner)
         count, has_ended = write.wire.count(b"\n\n"), int(write.state != ACTIVE)
         values = write.last, write.state, write.wire, int(write.is_forgotten), count, has_ended
-        return (*keys, self._keys.owner(own.owner)), (*self._limits(write.run), "1", *values)
+        return keys, (*self._limits(write.run), "1", *values, self._max_ended_bytes)
 
     def _limits(self, run: str) -> tuple[int, int, int, str]:
         return _MOST_ENTRIES, self._seconds, self._max_bytes, run
 
-    def _keys_of(self, key: str, run: str, lease: bytes) -> tuple[bytes, ...]:
+    def _keys_of(self, key: str, run: str, producer: str, owner: str) -> tuple[bytes, ...]:
         names = self._keys
-        return names.state, names.marks, self._log(run), names.run(key), lease
+        own = names.run(key), names.producer(producer), names.owner(owner)
+        return names.state, names.marks, self._log(run), *own, names.ended
 
     def _log(self, run: str) -> bytes:
         return self._keys.channel(LOG_PREFIX + run)
@@ -341,11 +373,8 @@ class RedisRegistry(RunRegistry):
     ) -> bool:
         # With a producer, only if that has no lease; with an owner, for which it then counts no
         # more.
-        keys = (
-            *self._keys_of(key, run, self._keys.producer(producer)),
-            self._keys.owner(owner or ""),
-        )
-        flags = 0, 1, int(owner is not None)
+        keys = self._keys_of(key, run, producer, owner or "")
+        flags = 0, 1, int(owner is not None), self._max_ended_bytes
         values = *self._limits(run), "0" if producer else "", "", state, wire, *flags
         _, is_done = self._link.call(_write, keys, lambda _: values)
         if is_done:

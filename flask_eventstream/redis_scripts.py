@@ -19,6 +19,8 @@ With the prefix ``eventstream:`` and the database 0, the keys are:
 ``eventstream:0:run:<key>``, ``eventstream:0:producer:<token>``, ``eventstream:0:owner:<digest>``
     How a run stands, the lease of a process that has runs, and the runs of an owner; see
     ``redis_runs``. The log of a run is a channel whose name no publisher can give.
+``eventstream:0:ended``
+    The runs that have ended, so that they have no more than a limit together; likewise.
 ``eventstream:0:notes``, ``eventstream:0:taken:<round>:<name>``
     During a move from Flask-SSE: messages to all processes, and how much of what Flask-SSE sends is
     taken; see ``flask_sse_bridge``.
@@ -217,6 +219,7 @@ class Keys:
         self.notes = self.prefix + b"notes"
         self.leases = self.prefix + b"leases"
         self.leaving = self.prefix + b"leaving"
+        self.ended = self.prefix + b"ended"
         self._channel = self.prefix + b"channel:"
 
     def channel(self, name: str) -> bytes:

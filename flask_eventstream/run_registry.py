@@ -11,6 +11,7 @@ The rules, which every registry keeps in one step with what it writes:
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -139,6 +140,9 @@ class Logs(Protocol):
     def end_log(self, run: str) -> None:
         """End all who read a log, after what it has."""
 
+    def size_of_log(self, run: str) -> int:
+        """Return how much a log has, in bytes."""
+
     def forget_log(self, run: str) -> None:
         """Forget what a log has."""
 
@@ -150,6 +154,8 @@ class MemoryRegistry(RunRegistry):
     :param seconds: how long a run is kept after its end, in seconds.
     :param max_ended: how many runs that have ended are kept, however young they are.
     :param max_per_owner: how many runs one owner may have.
+    :param max_ended_bytes: how much is kept of all runs that have ended; without limit by default.
+        The oldest are forgotten first.
     :param clock: a clock in seconds that never goes back; :func:`time.monotonic` by default.
     """
 
@@ -159,12 +165,14 @@ class MemoryRegistry(RunRegistry):
         seconds: float,
         max_ended: int,
         max_per_owner: int = MAX_RUNS_PER_OWNER,
+        max_ended_bytes: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._logs = logs
         self._seconds = seconds
         self._max_ended = max_ended
         self._max_per_owner = max_per_owner
+        self._max_ended_bytes = max_ended_bytes
         self._clock = clock
         self._start()
         concurrency.call_after_fork(self._start)
@@ -177,6 +185,9 @@ class MemoryRegistry(RunRegistry):
         # Whose the runs are whose producers go on.
         self._owners: dict[str, str] = {}
         self._ended: deque[tuple[float, str, str]] = deque()
+        # Of each run that has ended, what its log has.
+        self._sizes: dict[str, int] = {}
+        self._ended_bytes = 0
 
     def begin(
         self, key: str, run: str, stop: Callable[[], None], lost: bytes, owner: str = ""
@@ -249,19 +260,28 @@ class MemoryRegistry(RunRegistry):
             del self._stops[standing.run]
             self._logs.end_log(standing.run)
             self._ended.append((self._clock(), key, standing.run))
+            self._sizes[standing.run] = size = self._logs.size_of_log(standing.run)
+            self._ended_bytes += size
+            self._sweep()
 
     def _forget(self, key: str) -> None:
         standing = self._standings.pop(key, None)
         if standing is not None:
+            self._ended_bytes -= self._sizes.pop(standing.run, 0)
             self._logs.forget_log(standing.run)
 
     def _sweep(self) -> None:
         ended, oldest = self._ended, self._clock() - self._seconds
-        while ended and (ended[0][0] <= oldest or len(ended) > self._max_ended):
+        while ended and (ended[0][0] <= oldest or self._are_too_many()):
             _, key, run = ended.popleft()
             standing = self._standings.get(key)
             if standing is not None and standing.run == run:
                 self._forget(key)
+
+    def _are_too_many(self) -> bool:
+        # The newest one stays, however large it is.
+        is_too_large = self._ended_bytes > self._max_ended_bytes and len(self._ended) > 1
+        return is_too_large or len(self._ended) > self._max_ended
 
     def watch(self, key: str, standing: Standing, wire: bytes) -> None:
         """Do nothing: who could be told that this process is gone is gone with it."""

@@ -89,7 +89,7 @@ def pause() -> None:
 
 def hammer(returns: int) -> Hammer:
     # Larger than what is published meanwhile: a reset would be right, and would prove nothing.
-    broker = MemoryBroker(history=1_000_000, history_seconds=3600)
+    broker = MemoryBroker(history=1_000_000, history_seconds=3600, max_idle_bytes=1 << 40)
     run = Hammer(broker, returns)
     run.run()
     broker.close()

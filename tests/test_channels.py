@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_eventstream import MemoryBroker
-from flask_eventstream.channels import Channels, read
+from flask_eventstream.channels import _CHANNEL_BYTES, Channels, read
 from flask_eventstream.history import Entry, History
 
 if TYPE_CHECKING:
@@ -191,3 +192,78 @@ def test_an_end_behind_the_last_event_comes_after_it() -> None:
     assert read(channel_set, 10, 12, None) == ([entry(11)], 12)
     assert read(channel_set, 11, 12, None) == ([], 12)
     assert read(channel_set, 12, 12, None) is None
+
+
+# --- Channels that nobody reads
+
+
+def bounded(size: float) -> Channels:
+    """Return books with room for so many channels of one event that nobody reads."""
+    one = _CHANNEL_BYTES + 1 + 256 + 2
+    return Channels(lambda name, dropped: History(3, 10, 0, 1, dropped), 10, size * one)
+
+
+def test_of_channels_that_nobody_reads_those_used_last_are_kept() -> None:
+    channels = bounded(3.5)
+    for seq, name in enumerate("abcaded", 10):
+        channels.append([name], entry(seq))
+    assert list(channels) == ["a", "e", "d"]
+    # What was forgotten may have had all that came before.
+    assert channels.touch("b", 0).history.dropped == 12
+    assert [one.newest for one in channels.histories("a")] == [13]
+
+
+def test_a_channel_that_is_read_is_kept_and_counts_once_nobody_reads_it() -> None:
+    channels = bounded(2)
+    for seq, name in enumerate("abc", 10):
+        one = join(channels, name)
+        channels.append([name], entry(seq))
+        if name != "a":
+            channels.leave(one, 0)
+    first = channels.sets()[0]
+    for seq, name in enumerate("defgh", 13):
+        channels.append([name], entry(seq))
+    assert list(channels) == ["a", "g", "h"]
+    channels.leave(first, 0)
+    assert set(channels) == {"h", "a"}
+
+
+def test_the_newest_channel_is_kept_however_large() -> None:
+    channels = bounded(0.5)
+    for seq, name in enumerate("ab", 10):
+        channels.append([name], entry(seq))
+    assert list(channels) == ["b"]
+
+
+def test_what_is_kept_until_it_is_forgotten_counts_not() -> None:
+    channels = Channels(lambda _, dropped: History(3, math.inf, 0, 1, dropped), 10, 0)
+    for seq, name in enumerate("abc", 10):
+        channels.append([name], entry(seq))
+    assert list(channels) == ["a", "b", "c"]
+
+
+ACTS = st.tuples(
+    st.sampled_from(["append", "join", "leave", "discard", "sweep"]), st.sampled_from("abcdef")
+)
+
+
+@given(st.lists(ACTS, max_size=60))
+def test_whatever_happens_what_nobody_reads_is_counted_exactly(acts: list[tuple[str, str]]) -> None:
+    channels = bounded(2)
+    joined: list[ChannelSet] = []
+    for now, (act, name) in enumerate(acts, 1):
+        if act == "append":
+            channels.append([name], entry(now + 10, now))
+        elif act == "join":
+            joined.append(join(channels, name))
+        elif act == "leave" and joined:
+            channels.leave(joined.pop(0), now)
+        elif act == "discard":
+            channels.discard(name)
+        else:
+            channels.sweep(now)
+        found = [channels._channels[name] for name in channels]
+        idle = [one for one in found if not one.sets and one.history]
+        assert sum(one.bytes for one in found) == channels._idle_bytes
+        assert {one.name for one in idle} <= set(channels._idle) <= set(channels)
+        assert len(channels._idle) < 2 or channels._idle_bytes <= channels._max_idle_bytes

@@ -33,9 +33,11 @@ def test_every_key_is_read() -> None:
         "EVENTSTREAM_RUN_LEASE": 14.5,
         "EVENTSTREAM_MAX_SUBSCRIBERS_PER_ADDRESS": 15,
         "EVENTSTREAM_MAX_SUBSCRIBERS_PER_USER": 16,
+        "EVENTSTREAM_PRESENCE_SECONDS": 17.5,
+        "EVENTSTREAM_MAX_IDLE_BYTES": 18,
     }
     channels = ("memory://", 0, 1.5, 2, 0, 5, 6, 7, 8.5, 9, False, "mine:")
-    expected = Config(*channels, 10, 11, 12, 13.5, 14.5, 15, 16)
+    expected = Config(*channels, 10, 11, 12, 13.5, 14.5, 15, 16, 17.5, 18)
     assert Config.read(given) == expected
 
 

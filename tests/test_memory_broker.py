@@ -174,3 +174,20 @@ def test_a_broker_that_is_gone_is_no_trouble_to_a_fork() -> None:
     if child == 0:
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_who_makes_up_channels_has_others_forgotten_and_no_more_kept() -> None:
+    broker = MemoryBroker(max_idle_bytes=1 << 20)
+    cursor = broker.publish("x", channel="news")
+    reader = broker.subscribe("read")
+    for n in range(2_000):
+        broker.publish("x", channel=f"made-up-{n}")
+    kept = list(broker._channels)
+    assert 500 < len(kept) < 1_000
+    assert "read" in kept
+    assert kept[-1] == "made-up-1999"
+    # In doubt it is said that something may be gone.
+    again = broker.subscribe("news", last_event_id=cursor)
+    assert types(again.start) == ["reset"]
+    broker.publish("y", channel="read")
+    assert types(reader.take(5) or b"") == ["message"]

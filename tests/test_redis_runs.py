@@ -425,6 +425,34 @@ def test_a_run_counts_for_longer_than_a_lease_also_once_it_was_cancelled(
         two.begin("more", "more")
 
 
+def test_what_is_known_of_ended_runs_goes_with_them(
+    start: Callable[..., Process], redis: RedisServer
+) -> None:
+    one = start(max_idle_bytes=10_000)
+    keys = one.broker._keys
+    for n in range(3):
+        one.begin(f"run{n}")
+        one.write(f"run{n}", 1, "end")
+    assert redis.redis.zcard(keys.ended) == 3
+    assert 0 < redis.redis.ttl(keys.ended) <= 600
+    kept = int(redis.redis.hget(keys.state, "ended") or 0)
+    assert 3 * 1024 < kept < 10_000
+    # As after the time that ended runs are kept.
+    command: Any = redis.redis.execute_command
+    for old in redis.redis.zrange(keys.ended, 0, 1):
+        command("ZADD", keys.ended, 1, old)
+    one.begin("run3")
+    one.write("run3", 1, "end")
+    assert redis.redis.zcard(keys.ended) == 2
+    assert int(redis.redis.hget(keys.state, "ended") or 0) == kept // 3 * 2
+    # As after a while without runs.
+    redis.redis.delete(keys.ended)
+    one.begin("run4")
+    one.write("run4", 1, "end")
+    assert int(redis.redis.hget(keys.state, "ended") or 0) == kept // 3
+    assert one.find().run == "run4"
+
+
 def test_nothing_tells_whose_runs_there_are(
     start: Callable[..., Process], redis: RedisServer
 ) -> None:

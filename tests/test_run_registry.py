@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -325,6 +325,54 @@ def test_no_more_are_kept_than_there_is_room_for() -> None:
     assert [bool(registry.find(f"key{n}")) for n in range(4)] == [False, False, True, True]
 
 
+def test_of_runs_that_have_ended_the_newest_are_kept(
+    make_large: Callable[..., LocalBroker],
+) -> None:
+    broker = make_large(max_idle_bytes=40_000)
+    registry = broker.registry(600, 15, 100)
+    begin(registry, "active", "active")
+    large = b"data: %b\nid: active.1\n\n" % (b"x" * 90_000)
+    registry.write([Write("active", "active", 1, large)])
+    for n in range(10):
+        run, key = f"run{n}", f"key{n}"
+        begin(registry, run, key)
+        wire = b"data: %b\nid: %b.1\n\n" % (b"x" * 10_000, run.encode())
+        registry.write([Write(key, run, 1, wire)])
+        finish(registry, run, key, 2)
+    assert [n for n in range(10) if registry.find(f"key{n}")] == [7, 8, 9]
+    assert [len(read(broker, f"run{n}").start) > 0 for n in (6, 7)] == [False, True]
+    assert read(broker, "active").start == large
+
+
+def test_a_run_that_another_has_replaced_is_not_counted_twice(
+    make_large: Callable[..., LocalBroker],
+) -> None:
+    broker = make_large(max_idle_bytes=40_000)
+    registry = broker.registry(600, 15, 100)
+    begin(registry, "first", "first")
+    finish(registry, "first", "first")
+    for n in range(10):
+        begin(registry, f"run{n}")
+        wire = b"data: %b\nid: run%d.1\n\n" % (b"x" * 1_000, n)
+        registry.write([Write("key", f"run{n}", 1, wire)])
+        finish(registry, f"run{n}", "key", 2)
+    assert registry.find("first")
+    found = registry.find("key")
+    assert found
+    assert found.run == "run9"
+
+
+def test_the_newest_run_that_has_ended_is_kept_however_large(
+    make_large: Callable[..., LocalBroker],
+) -> None:
+    broker = make_large(max_idle_bytes=1)
+    registry = broker.registry(600, 15, 100)
+    for n in range(3):
+        begin(registry, f"run{n}", f"key{n}")
+        finish(registry, f"run{n}", f"key{n}")
+    assert [bool(registry.find(f"key{n}")) for n in range(3)] == [False, False, True]
+
+
 def test_of_a_large_log_the_newest_part_is_kept(make_large: Callable[[], LocalBroker]) -> None:
     broker = make_large()
     registry = broker.registry(600, 15, 100)
@@ -352,16 +400,18 @@ def test_one_event_that_is_larger_than_the_log_is_still_sent(
 
 
 @pytest.fixture(params=["memory", "redis"])
-def make_large(request: pytest.FixtureRequest) -> Iterator[Callable[[], LocalBroker]]:
+def make_large(request: pytest.FixtureRequest) -> Iterator[Callable[..., LocalBroker]]:
     made: list[LocalBroker] = []
 
-    def make() -> LocalBroker:
+    def make(**options: Any) -> LocalBroker:
         if request.param == "memory":
-            made.append(MemoryBroker(max_run_bytes=100_000))
+            made.append(MemoryBroker(max_run_bytes=100_000, **options))
         else:
             server = request.getfixturevalue("redis")
             prefix = server.prefix()
-            made.append(RedisBroker(server.url, key_prefix=prefix, max_run_bytes=100_000))
+            made.append(
+                RedisBroker(server.url, key_prefix=prefix, max_run_bytes=100_000, **options)
+            )
         return made[-1]
 
     yield make
