@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import re
 import secrets
 import threading
 import time
@@ -55,6 +56,7 @@ _MOST_IDLE = 10_000
 _LEFT_OUT = "What came from Flask-SSE on %r was left out: %s"
 _LOST_MEANWHILE = "Flask-SSE is not heard; what it sends meanwhile others may hear, or nobody: %s"
 
+_TOKEN = re.compile(b"[0-9a-f]{16}")
 _logger = logging.getLogger(__name__)
 _take, _copy = Script(TAKE), Script(COPY)
 
@@ -267,6 +269,10 @@ class Bridge:
         what, _, value = text.partition(b" ")
         if what == b"copy":
             self._copied = value
+            return
+        if what != b"round" or not _TOKEN.fullmatch(value):
+            # Of another round each process would count anew, and take for old what is new.
+            self._link.leave_out(self._keys.notes)
             return
         self._round = value.decode()
         self._counts.clear()

@@ -12,7 +12,7 @@ TAKE = (
 -- channel keeps, 2 for how many seconds, 3 the number of the event in the round, 4 its own id or
 -- '', 5 its wire.
 local taken = redis.call('HMGET', KEYS[4], 'taken')[1]
-if tonumber(taken or 0) >= tonumber(ARGV[3]) then
+if (tonumber(taken or 0) or 0) >= tonumber(ARGV[3]) then
   return 0
 end
 if string.match(ARGV[4], '^(%x+)%-%d+$') == epoch then

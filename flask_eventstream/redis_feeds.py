@@ -174,7 +174,8 @@ class Feeds:
             return False
         for record in records:
             if record.seq <= sync.seq:
-                self._enter([name], record, self._clock() - (sync.time - record.time) / 1000)
+                if not record.is_foreign:
+                    self._enter([name], record, self._clock() - (sync.time - record.time) / 1000)
                 feed.last = record.seq
         feed.loaded = self._offset + sync.seq
         self.unloaded.discard(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import threading
@@ -30,7 +31,9 @@ DOUBT_SECONDS = 10
 """For how long a call that failed, made again, is taken for the same one, in seconds."""
 
 _LONGEST_PAUSE = 0.2
+_MOST_LEFT_OUT = 1000
 _NO_CALL = (None, "", 0.0)
+_logger = logging.getLogger(__name__)
 
 StrictRedis: Any = redis.StrictRedis
 """redis-py's client, for those who are to have one: users of Flask-SSE."""
@@ -109,6 +112,7 @@ class RedisLink:
         self.address = without_secrets(url)
         self.database = int(self._pool.connection_kwargs.get("db") or 0)
         self._redis: Any = redis.Redis(connection_pool=self._pool)
+        self._left_out: set[bytes] = set()
 
     def call(
         self,
@@ -174,14 +178,49 @@ class RedisLink:
         :raises BrokerUnavailableError: if Redis did not answer in time, or refused.
         """
 
+        return self._attempt(lambda _: self._run(commands), begin)
+
+    def read(self, commands: Sequence[tuple[Any, ...]], begin: float | None = None) -> list[Any]:
+        """Run some commands that read, and return their results: ``None`` of a key that is foreign.
+
+        :param commands: the commands.
+        :param begin: see :meth:`call`.
+        :raises BrokerUnavailableError: as :meth:`pipeline`.
+        """
+
         def run(_: bool) -> list[Any]:
-            with self._redis.pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                results: list[Any] = pipeline.execute()
-                return results
+            results = self._run(commands, raise_on_error=False)
+            return [*map(self._readable, commands, results)]
 
         return self._attempt(run, begin)
+
+    def _run(self, commands: Sequence[tuple[Any, ...]], raise_on_error: bool = True) -> list[Any]:
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            results: list[Any] = pipeline.execute(raise_on_error)
+            return results
+
+    def _readable(self, command: tuple[Any, ...], result: Any) -> Any:
+        if not isinstance(result, redis.RedisError):
+            return result
+        if "WRONGTYPE" not in str(result):
+            raise result
+        self.leave_out(command[1])
+        return None
+
+    def leave_out(self, key: bytes) -> None:
+        """Log, once for each key, that what somebody has written there is left out.
+
+        :param key: the name of the key, or of the messages.
+        """
+        if key in self._left_out:
+            return
+        if len(self._left_out) >= _MOST_LEFT_OUT:
+            self._left_out.clear()
+        self._left_out.add(key)
+        # Without what it is, which may be anything.
+        _logger.warning("What Redis has at %r could not be read, and is left out", key)
 
     def ping(self) -> float:
         """Ask for an answer, once, and return how long it took, in seconds.

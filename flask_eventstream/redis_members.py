@@ -66,6 +66,16 @@ local function append(channel, wire)
     + r"""
 end
 
+-- What is of another type was not written here. No member could come or go, on any channel.
+local function fit(key, kind)
+  local found = redis.pcall(kind == 'hash' and 'HLEN' or 'ZCARD', key)
+  if type(found) == 'table' and found.err then
+    redis.log(redis.LOG_WARNING, key .. ' was no ' .. kind .. ' and is begun anew')
+    redis.call('DEL', key)
+  end
+  return key
+end
+
 local function announce(type, channel, member)
   local count = redis.call('ZCARD', prefix .. 'members:' .. channel)
   -- It is the only one that writes a slash as two characters.
@@ -74,27 +84,38 @@ local function announce(type, channel, member)
     '}\n\n')
 end
 
+local function connect(channel, member, change)
+  local connected = fit(prefix .. 'connected:' .. channel, 'hash')
+  local count = (tonumber(redis.call('HGET', connected, member) or 0) or 0) + change
+  -- Neither nothing, nor infinite.
+  if count > 0 and count < 2^53 then
+    redis.call('HSET', connected, member, string.format('%.0f', count))
+    return true
+  end
+  redis.call('HDEL', connected, member)
+end
+
 local function come(pair, channel, member)
-  redis.call('HINCRBY', prefix .. 'connected:' .. channel, member, 1)
+  connect(channel, member, 1)
   redis.call('ZREM', leaving, pair)
-  if redis.call('ZADD', prefix .. 'members:' .. channel, 0, member) == 1 then
+  if redis.call('ZADD', fit(prefix .. 'members:' .. channel, 'zset'), 0, member) == 1 then
     announce('join', channel, member)
   end
 end
 
 local function go(pair, channel, member, due)
-  local connected = prefix .. 'connected:' .. channel
-  if redis.call('HINCRBY', connected, member, -1) < 1 then
-    redis.call('HDEL', connected, member)
+  if not connect(channel, member, -1) then
     redis.call('ZADD', leaving, due, pair)
   end
 end
 
+fit(leases, 'zset')
+fit(leaving, 'zset')
 local lived, has = 0, 0
 if token ~= '' then
   local own = prefix .. 'present:' .. token
   lived = redis.call('ZSCORE', leases, token) and 1 or 0
-  if tonumber(redis.call('HGET', own, '') or 0) < tonumber(ARGV[5]) then
+  if (tonumber(redis.call('HGET', fit(own, 'hash'), '') or 0) or 0) < tonumber(ARGV[5]) then
     redis.call('HSET', own, '', ARGV[5])
     for a = 9, #ARGV, 3 do
       local channel, member, wait = ARGV[a], ARGV[a + 1], ARGV[a + 2]
@@ -117,11 +138,13 @@ if token ~= '' then
 end
 
 for _, dead in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, 1)) do
-  local own = prefix .. 'present:' .. dead
+  local own = fit(prefix .. 'present:' .. dead, 'hash')
   redis.call('HDEL', own, '')
   for _, pair in ipairs(redis.call('HKEYS', own)) do
     local channel, member = string.match(pair, '^(.-)\n(.*)$')
-    go(pair, channel, member, now)
+    if channel then
+      go(pair, channel, member, now)
+    end
   end
   redis.call('DEL', own)
   redis.call('ZREM', leases, dead)
@@ -130,12 +153,13 @@ end
 for _, pair in ipairs(redis.call('ZRANGEBYSCORE', leaving, '-inf', now, 'LIMIT', 0, 100)) do
   local channel, member = string.match(pair, '^(.-)\n(.*)$')
   redis.call('ZREM', leaving, pair)
-  redis.call('ZREM', prefix .. 'members:' .. channel, member)
-  announce('leave', channel, member)
+  if channel and redis.call('ZREM', fit(prefix .. 'members:' .. channel, 'zset'), member) == 1 then
+    announce('leave', channel, member)
+  end
 end
 
 local due = redis.call('ZCOUNT', leases, '-inf', now) + redis.call('ZCOUNT', leaving, '-inf', now)
-local members = prefix .. 'members:' .. ARGV[7]
+local members = fit(prefix .. 'members:' .. ARGV[7], 'zset')
 return {lived, has, due > 0 and 1 or 0, redis.call('ZCARD', members),
   redis.call('ZRANGE', members, 0, tonumber(ARGV[8]) - 1)}
 """
@@ -284,4 +308,5 @@ class RedisMembers(Members):
         :raises BrokerUnavailableError: if Redis does not answer, or refuses.
         """
         *_, count, names = self._ask(("", 0), channel, limit or 0)
-        return count, [name.decode() for name in names]
+        # What is no text was not written here.
+        return count, [name.decode(errors="replace") for name in names]

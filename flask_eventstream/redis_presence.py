@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LEASE_SECONDS = 15
 """For how long a process counts that does not say anything any more, in seconds."""
 
+_DIGITS = 17
+"""More than any number of subscribers has."""
+
 RENEWAL_SECONDS = 5.0
 """How often a lease is renewed, in seconds."""
 
@@ -107,8 +110,7 @@ class Presence:
 
         :raises BrokerUnavailableError: if Redis did not answer, or refused.
         """
-        told = self._ask_others("HMGET", "", channel)
-        return sum(int(count or 0) for _, count in told)
+        return sum(self._count_of(count) for _, count in self._ask_others("HMGET", "", channel))
 
     def counts_of_others(self) -> Counter[str]:
         """Return how many subscribers of each channel the other processes have.
@@ -117,16 +119,26 @@ class Presence:
         """
         counts: Counter[str] = Counter()
         for told in self._ask_others("HGETALL"):
-            counts.update({name.decode(): int(count) for name, count in told.items() if name})
+            # A name that is no text is none that anybody can ask for.
+            names = {name: name.decode(errors="replace") for name in told if name}
+            counts.update({text: self._count_of(told[name]) for name, text in names.items()})
         return counts
 
+    def _count_of(self, told: bytes | None) -> int:
+        if told is None or (told.isdigit() and len(told) < _DIGITS):
+            return int(told or 0)
+        self._link.leave_out(self._keys.processes)
+        return 0
+
     def _ask_others(self, command: str, *fields: str) -> list[Any]:
-        [members] = self._link.pipeline([("SMEMBERS", self._keys.processes)])
-        tokens = sorted(token.decode() for token in members if token.decode() != self._token)
-        keys = [self._keys.process(token) for token in tokens]
-        replies = self._link.pipeline([(command, key, *fields) for key in keys])
+        names = [("SMEMBERS", self._keys.processes)]
+        [members] = self._link.read(names)
+        tokens = sorted(set(members or ()) - {self._token.encode()})
+        keys = [self._keys.process("") + token for token in tokens]
+        commands = [(command, key, *fields) for key in keys]
+        replies = self._link.read(commands)
         told_by = zip(tokens, replies, strict=True)
-        dead = [token for token, told in told_by if told in ({}, [None, None])]
+        dead = [token for token, told in told_by if told in (None, {}, [None, None])]
         if dead:
             self._link.pipeline([("SREM", self._keys.processes, *dead)])
-        return replies
+        return [reply for reply in replies if reply is not None]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import BrokerUnavailableError
 from .redis_feeds import BrokenChainError
 from .redis_link import LOST
-from .redis_scripts import SYNC, Message, Record, Script, Sync
+from .redis_scripts import SYNC, MalformedError, Message, Record, Script, Sync
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -202,7 +202,11 @@ class RedisReader:
     def _hear(self, message: list[Any]) -> bool:
         if message[0] != b"message":
             return False
-        heard = Message.of(message[2], self._keys)
+        try:
+            heard = Message.of(message[2], self._keys)
+        except MalformedError:
+            self._link.leave_out(message[1])
+            return False
         with self._mutex:
             return self._feeds.hear(heard)
 
@@ -237,7 +241,7 @@ class RedisReader:
     def _load(self, names: Sequence[str], sync: Sync) -> list[str]:
         with self._mutex:
             firsts = [self._feeds.first_wanted(name) for name in names]
-        found = self._link.pipeline(
+        found = self._link.read(
             [
                 ("XRANGE", self._keys.channel(name), first, "+")
                 for name, first in zip(names, firsts, strict=True)
@@ -245,11 +249,18 @@ class RedisReader:
         )
         again = []
         for name, entries in zip(names, found, strict=True):
-            records = [Record.of(entry) for entry in entries]
+            records = self._records(name, entries or (), sync)
             with self._mutex:
                 if not self._feeds.load(name, sync, records):
                     again.append(name)
         return again
+
+    def _records(self, name: str, entries: Iterable[Any], sync: Sync) -> list[Record]:
+        records = [Record.of(entry) for entry in entries]
+        if any(record.is_foreign for record in records):
+            self._link.leave_out(self._keys.channel(name))
+        # The number of a foreign one may be of another sequence.
+        return [each for each in records if each.seq <= sync.seq or not each.is_foreign]
 
     def _tick(self, listener: Listener, now: float) -> None:
         counts = self._take_changed()

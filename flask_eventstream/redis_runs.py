@@ -59,14 +59,30 @@ _MOST_ENTRIES = 1_000_000
 _TORN = b"torn"
 _logger = logging.getLogger(__name__)
 
-BEGIN = """
+STANDING = """
+-- Returns what is known of a run: its id, state, last number, producer, and bytes. What was not
+-- written here is nothing, and the next run takes its place.
+local function standing(key)
+  local found = redis.pcall('HMGET', key, 'run', 'state', 'last', 'producer', 'bytes')
+  for n, pattern in ipairs({'^[%w%p]+$', '^[%l-]+$', '^%d+$', '^[%w%p]+$', '^%d+$'}) do
+    if found.err or not string.match(found[n] or '', pattern) or #found[n] > 64 then
+      return {}
+    end
+  end
+  return found
+end
+"""
+
+BEGIN = (
+    STANDING
+    + """
 -- Begins a run. KEYS: 1 its hash, 2 the lease of its process, 3 the next one, which it takes if
 -- that has ended, 4 the runs of its owner.
 -- ARGV: 1 the run, 2 the token of the lease, 3 that of the next one, 4 what the names of leases
 -- begin with, 5 for how long a lease lasts (ms), 6 how many runs the owner may have, or 0 for any
 -- number.
 -- Returns how the run stands that the key has now, as below; nothing if the owner has too many.
-local found = redis.call('HMGET', KEYS[1], 'run', 'state', 'last', 'producer')
+local found = standing(KEYS[1])
 if found[1] == ARGV[1] or found[2] == 'active' then
   found[5] = redis.call('EXISTS', ARGV[4] .. found[4])
   return found
@@ -92,6 +108,7 @@ redis.call('HSET', KEYS[1], 'run', ARGV[1], 'producer', token,
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return {ARGV[1], 'active', '0', token, 1}
 """
+)
 """Begins a run. If the answer is lost, it is soon forgotten, and counts no more."""
 
 KEEP = """
@@ -112,19 +129,23 @@ return 1
 """
 """Keeps a run whose producer goes on; one that was cancelled only counts for its owner."""
 
-FIND = """
+FIND = (
+    STANDING
+    + """
 -- Tells how a run stands. KEYS[1]: its hash. ARGV[1]: what the names of leases begin with.
-local found = redis.call('HMGET', KEYS[1], 'run', 'state', 'last', 'producer')
+local found = standing(KEYS[1])
 if not found[1] then
   return {}
 end
 found[5] = redis.call('EXISTS', ARGV[1] .. found[4])
 return found
 """
+)
 """Tells how a run stands, and whether its producer has its lease."""
 
 WRITE = (
     STATE
+    + STANDING
     + """
 -- Writes to the log of a run. KEYS: 3 the log, 4 the hash, 5 the lease, 6 the runs of its owner,
 -- 7 those that have ended.
@@ -138,7 +159,7 @@ local keep, seconds, nonce, most = tonumber(ARGV[1]), tonumber(ARGV[2]), '', ton
 if ARGV[11] == '1' then
   redis.call('ZREM', KEYS[6], ARGV[4])
 end
-local found = redis.call('HMGET', KEYS[4], 'run', 'state', 'last', 'bytes')
+local found = standing(KEYS[4])
 if found[1] ~= ARGV[4] then
   return {'gone', 0}
 end
@@ -166,14 +187,14 @@ end
 """
     + APPEND
     + """
-local bytes = tonumber(found[4]) + #wire + 256
+local bytes = tonumber(found[5]) + #wire + 256
 while bytes > most do
   local oldest = redis.call('XRANGE', KEYS[3], '-', '+', 'COUNT', 1)[1]
   if tonumber(string.match(oldest[1], '%d+')) >= seq then
     break
   end
   redis.call('XDEL', KEYS[3], oldest[1])
-  bytes = bytes - #oldest[2][8] - 256
+  bytes = bytes - #(oldest[2][8] or '') - 256
 end
 redis.call('HSET', KEYS[4], 'state', ARGV[7], 'last', string.format('%.0f', last), 'bytes', bytes)
 redis.call('EXPIRE', KEYS[4], seconds)

@@ -41,19 +41,25 @@ The scripts are not for a cluster: the keys of all channels must be in one place
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 STATE = """\
 -- KEYS[1]: state, KEYS[2]: marks.
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') or ''
+local function whole(text)
+  return string.match(text or '0', '^%d+$') and #(text or '') < 16 and tonumber(text or 0) or nil
+end
 local state = redis.call('HMGET', KEYS[1], 'epoch', 'seq', 'base', 'run', 'marked')
-local epoch, seq, base = state[1], tonumber(state[2] or 0), tonumber(state[3] or 0)
-local marked = tonumber(state[5] or 0)
-if not epoch or state[4] ~= run then
+-- What is no number was not written here. It may have been any.
+local epoch, seq, base = state[1], whole(state[2]), whole(state[3])
+local marked = math.min(whole(state[5]) or 0, now)
+if not (epoch and string.match(epoch, '^%x+$') and #epoch == 8 and seq and base)
+  or state[4] ~= run then
   -- A server that was flushed, restarted or replaced may lack events that were there before.
   epoch = string.sub(redis.sha1hex(run .. clock[1] .. clock[2] .. (epoch or '')), 1, 8)
+  seq = seq or 0
   base, marked = seq, 0
   redis.call('HSET', KEYS[1], 'epoch', epoch, 'seq', seq, 'base', base, 'run', run, 'marked', 0)
   redis.call('DEL', KEYS[2])
@@ -61,10 +67,11 @@ end
 
 -- The number after which all events are younger than this many seconds.
 local function seq_before(seconds)
-  for _, mark in ipairs(redis.call('XRANGE', KEYS[2], '-', '+')) do
+  -- Without marks, or with something else in their place, nothing is younger for certain.
+  for _, mark in ipairs(redis.pcall('XRANGE', KEYS[2], '-', '+')) do
     local number, time = string.match(mark[1], '(%d+)-(%d+)')
     if tonumber(time) > now - seconds * 1000 then
-      return tonumber(number) - 1
+      return math.min(tonumber(number) - 1, seq)
     end
   end
   return seq
@@ -103,6 +110,10 @@ end
 redis.call('HSET', KEYS[1], 'seq', string.format('%.0f', seq + (#events - first + 1) / 3),
   'marked', string.format('%.0f', marked))
 if is_due then
+  local mark = redis.pcall('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
+  if mark.err or (mark[1] and tonumber(string.match(mark[1][1], '%d+')) > seq) then
+    redis.call('DEL', KEYS[2])
+  end
   redis.call('XADD', KEYS[2], 'MAXLEN', 64, string.format('%.0f-%.0f', seq + 1, now), 'mark', '')
   redis.call('EXPIRE', KEYS[2], seconds * 4)
 end
@@ -186,6 +197,10 @@ return {epoch, seq, now, base, seq_before(tonumber(ARGV[1]))}
 )
 """Tells where the sequence is; who is subscribed to it hears that behind all that was before."""
 
+
+_EPOCH_LENGTH = 8
+_DIGITS = 17
+"""One more than Lua's numbers have that are exact."""
 
 MINTED = "MINTED"
 """The error of a script that an own id has the form of those that events get by their number."""
@@ -273,6 +288,10 @@ class Sync(NamedTuple):
         return cls(epoch.decode(), *[int(number) for number in numbers])
 
 
+class MalformedError(ValueError):
+    """What somebody else has written under a name of ours."""
+
+
 class Record(NamedTuple):
     """One event, as Redis has it in the stream of a channel.
 
@@ -289,13 +308,23 @@ class Record(NamedTuple):
     wire: bytes
     key: str | None = None
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether somebody else has written it: it has a number, and is no event."""
+        return self.prev == self.seq
+
     @classmethod
     def of(cls, entry: tuple[bytes, dict[bytes, bytes]]) -> Record:
         """Return what an entry of a stream says."""
         id, fields = entry
-        seq, _, time = id.partition(b"-")
-        own_id, key = (fields.get(name, b"").decode() or None for name in (b"id", b"key"))
-        return cls(int(seq), int(time), int(fields[b"prev"]), own_id, fields[b"wire"], key)
+        seq, time = map(int, id.split(b"-"))
+        try:
+            own_id, key = (fields.get(name, b"").decode() or None for name in (b"id", b"key"))
+            prev, wire = _prev_of(fields[b"prev"], seq), _checked_wire(fields[b"wire"])
+        except (KeyError, ValueError):
+            # What was before it may be gone, as far as anybody knows.
+            return cls(seq, time, seq, None, b"")
+        return cls(seq, time, prev, own_id, wire, key)
 
 
 class Message(NamedTuple):
@@ -310,13 +339,47 @@ class Message(NamedTuple):
 
     @classmethod
     def of(cls, message: bytes, keys: Keys) -> Message:
-        """Read a message."""
+        """Read a message.
+
+        :raises MalformedError: if it is none of ours.
+        """
+        try:
+            return cls(*cls._fields_of(message, keys))
+        except ValueError as error:
+            raise MalformedError from error
+
+    @staticmethod
+    def _fields_of(message: bytes, keys: Keys) -> tuple[Any, ...]:
         head, _, wire = message.partition(b"\n\n")
         line, *lines = head.split(b"\n")
-        epoch, seq, _, id = line.split(b" ", 3)
+        epoch, number, _, id = line.split(b" ", 3)
+        seq = _seq_of(number)
+        if len(epoch) != _EPOCH_LENGTH:
+            raise MalformedError
         key = lines.pop(0)[4:].decode() if lines and lines[0].startswith(b"key ") else None
         prevs = []
         for each in lines:
             prev, _, name = each.partition(b" ")
-            prevs.append((keys.name_of(name), int(prev)))
-        return cls(epoch.decode(), int(seq), id.decode() or None, prevs, wire, key)
+            prevs.append((keys.name_of(name), _prev_of(prev, seq)))
+        return epoch.decode(), seq, id.decode() or None, prevs, _checked_wire(wire), key
+
+
+def _seq_of(text: bytes) -> int:
+    if not (text.isdigit() and len(text) < _DIGITS):
+        raise MalformedError
+    return int(text)
+
+
+def _prev_of(text: bytes, seq: int) -> int:
+    prev = _seq_of(text.removeprefix(b"-"))
+    # Nothing comes before itself.
+    if prev >= seq:
+        raise MalformedError
+    return -prev if text.startswith(b"-") else prev
+
+
+def _checked_wire(wire: bytes) -> bytes:
+    # Half an event would swallow the next one.
+    if wire and not wire.endswith(b"\n\n"):
+        raise MalformedError
+    return wire

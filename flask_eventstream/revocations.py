@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .redis_link import RedisLink
 
 _POLL_SECONDS = 1.0
-_KEPT_SECONDS = MAX_AGE + 3600  # clocks differ
+_CLOCKS_DIFFER_SECONDS = 3600
+_KEPT_SECONDS = MAX_AGE + _CLOCKS_DIFFER_SECONDS
 _READ_AT_ONCE = 10_000
 _SWEPT_AT_ONCE = 16
 
@@ -59,8 +60,10 @@ class RevocationLog:
             ]
         )
 
-    def behind(self, last: bytes) -> tuple[list[tuple[str, float]], bytes]:
+    def behind(self, last: bytes) -> tuple[list[tuple[str, float] | None], bytes]:
         """Return the next users and times behind an entry, and the id of the last one of them.
+
+        Each entry that is no revocation is ``None``.
 
         :raises BrokerUnavailableError: if Redis did not answer, or refused.
         """
@@ -68,12 +71,20 @@ class RevocationLog:
         command = ("XRANGE", self._key, first, "+", "COUNT", _READ_AT_ONCE)
         # Requests wait for this: it is not tried for as long as what is to be published.
         begin = time.monotonic() - self._link.patience
-        [entries] = self._link.pipeline([command], begin)
-        found = [
-            (fields[b"user"].decode("utf-8", "surrogatepass"), float(fields[b"at"]))
-            for _, fields in entries
-        ]
+        [entries] = self._link.read([command], begin)
+        found = [self._revocation(fields) for _, fields in entries or ()]
         return found, entries[-1][0] if entries else last
+
+    def _revocation(self, fields: dict[bytes, bytes]) -> tuple[str, float] | None:
+        try:
+            when = float(fields[b"at"])
+            # Nor is it one if it would hold for ever.
+            if 0 <= when <= time.time() + _CLOCKS_DIFFER_SECONDS:
+                return fields[b"user"].decode("utf-8", "surrogatepass"), when
+        except (KeyError, ValueError):
+            pass
+        self._link.leave_out(self._key)
+        return None
 
 
 class Revocations:
@@ -139,7 +150,7 @@ class Revocations:
     def _read(self, log: RevocationLog) -> None:
         while True:
             found, self._last = log.behind(self._last)
-            for user, when in found:
+            for user, when in filter(None, found):
                 self._note(user, when)
             if len(found) < _READ_AT_ONCE:
                 return

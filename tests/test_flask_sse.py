@@ -337,6 +337,19 @@ def test_names_that_are_the_brokers_own_or_no_names_are_refused(
         publish(app, "x", channel=channel)
 
 
+def test_a_note_that_is_none_of_ours_changes_nothing(
+    apps: Callable[..., Flask], redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = apps()
+    with client_stream(app.test_client(), "/events?channel=noted") as stream:
+        for note in (b"\xff", b"garbage", b"round x", b"round \xff", b""):
+            redis.redis.publish(f"{app.config['EVENTSTREAM_KEY_PREFIX']}0:notes", note)
+            publish(old_app(redis), "x", channel="noted")
+            assert stream.next(20).data == "x"
+    assert len([one for one in caplog.messages if "left out" in one]) == 1
+    assert "could not be heard" not in caplog.text
+
+
 def test_an_app_without_a_url_says_what_flask_sse_says() -> None:
     app = create_app()
     with pytest.raises(KeyError, match="Must set a redis connection URL in app config"):

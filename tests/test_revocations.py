@@ -211,14 +211,28 @@ def test_what_is_revoked_while_redis_comes_and_goes_is_made_good(
     wait_for(lambda: place.is_finished)
 
 
-def test_what_cannot_be_understood_is_logged_and_tried_again(
+def test_what_cannot_be_understood_is_logged_and_left_out(
     redis: RedisServer, start: MakeProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     process = start(redis, redis.prefix())
-    id: Any = redis.redis.xadd(process.key, {"other": "x"})
+    redis.redis.xadd(process.key, {"other": "x"})
     place = process.take("me")
-    wait_for(lambda: "tried again" in caplog.text)
-    redis.redis.xdel(process.key, id)
+    wait_for(lambda: "left out" in caplog.text)
+    start(redis, process.key.decode().removesuffix("0:revoked")).revoke("me")
+    wait_for(lambda: place.is_finished)
+
+
+def test_whatever_fails_is_logged_and_tried_again(
+    redis: RedisServer,
+    start: MakeProcess,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = start(redis, redis.prefix())
+    with monkeypatch.context() as patch:
+        patch.setattr(RevocationLog, "behind", None)
+        place = process.take("me")
+        wait_for(lambda: "tried again" in caplog.text)
     start(redis, process.key.decode().removesuffix("0:revoked")).revoke("me")
     wait_for(lambda: place.is_finished)
 
