@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from . import endings
 from .event import HEARTBEAT
 from .members import patience
+from .subscription import FRAME_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 _PROBE_SECONDS = 1.0
 _PIECE_BYTES = 16 * 1024
-"""The first bytes may be many, and a server that is about to lose its socket must not wait."""
+"""The size of the first item: a server that is about to lose its socket must not wait."""
 
 
 class Keeper(Protocol):
@@ -39,6 +40,9 @@ class Keeper(Protocol):
 
     def delivered(self, wire: bytes) -> None:
         """Count events that a server has taken for one subscriber."""
+
+    def replayed(self, wire: bytes) -> None:
+        """Count what history had for a subscriber besides what its stream starts with."""
 
     def closed(self, body: SubscriptionBody) -> None:
         """Take note, once, that a body is closed and its subscription off the books."""
@@ -69,6 +73,7 @@ class SubscriptionBody:
     __slots__ = (
         "__weakref__",
         "_finish",
+        "_first",
         "_heartbeat",
         "_is_last",
         "_is_open",
@@ -99,10 +104,12 @@ class SubscriptionBody:
         self.begun = time.monotonic()
         self.deadline = math.inf if max_lifetime is None else self.begun + jittered(max_lifetime)
         self.reason = endings.LEFT
-        self._start = start
+        self._first, self._start = start[:_PIECE_BYTES], start[_PIECE_BYTES:]
         self._heartbeat = heartbeat
         self._silence: Silence | None = None
         self._keeper = keeper
+        if subscription.replay is not None:
+            subscription.replay.count = keeper.replayed
         self._is_last = False
         self._is_open = True
         self._finish: Callable[[], None] | None = None
@@ -116,36 +123,46 @@ class SubscriptionBody:
         return self
 
     def __next__(self) -> bytes:
+        if self._first:
+            first, self._first = self._first, b""
+            return first
         if self._start:
-            return self.take_start(_PIECE_BYTES)
+            return self.take_start()
         if self._silence is None:
             self._silence = Silence(self._heartbeat)
             if self.threads is not None and not self.threads.take(self):
                 return self._all_without_waiting()
             self._keeper.shutdown.enter(self)
-        pause = min(self._silence.pause, self.deadline - time.monotonic())
-        events = self.subscription.take(pause) if pause > 0 else None
+        return self._next(self._silence)
+
+    def _next(self, silence: Silence) -> bytes:
+        pause = min(silence.pause, self.deadline - time.monotonic())
+        is_replay = self.subscription.replay is not None
+        # What history has besides may be much, and the client returns for it.
+        is_over = pause <= 0 or (is_replay and self.reason == endings.STOPPED)
+        events = None if is_over else self.subscription.take(pause, FRAME_BYTES)
         if events is None or (not events and self.reason == endings.STOPPED):
             return self._last_bytes(is_late=pause <= 0)
-        if events:
+        if events and not is_replay:
             self._keeper.delivered(events)
-        return self._silence.broken_by(events or HEARTBEAT)
+        return silence.broken_by(events or HEARTBEAT)
 
     def _all_without_waiting(self) -> bytes:
         # It returns for more, as its first bytes say, and maybe a thread is free then.
-        events = self.subscription.take(0)
+        is_replay = self.subscription.replay is not None
+        events = self.subscription.take(0, FRAME_BYTES)
         self.end(endings.REFUSED)
         if not events:
             raise StopIteration
-        self._keeper.delivered(events)
+        if not is_replay:
+            self._keeper.delivered(events)
         return events
 
     def _last_bytes(self, *, is_late: bool) -> bytes:
         if is_late:
             self.reason = endings.EXPIRED
         elif self.reason == endings.LEFT:
-            is_ended = self.subscription.channel_set.end is not None
-            self.reason = endings.ENDED if is_ended else endings.LAGGED
+            self.reason = endings.ENDED if self.subscription.is_at_end else endings.LAGGED
         if self.reason in (endings.EXPIRED, endings.STOPPED) and not self._is_last:
             self._is_last = True
             return self._keeper.shutdown.farewell()
@@ -167,10 +184,9 @@ class SubscriptionBody:
         """How long its client's machine may be silent, in seconds; ``None`` if it only reads."""
         return None if self.stay is None else patience(self._heartbeat)
 
-    def take_start(self, size: int | None = None) -> bytes:
-        """Take the first bytes, all that are left or as many as ``size``, and return them."""
-        start = self._start[:size]
-        self._start = self._start[len(start) :]
+    def take_start(self) -> bytes:
+        """Take what is left of the first bytes, and return it."""
+        start, self._first, self._start = self._first + self._start, b"", b""
         return start
 
     def finish(self) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from heapq import merge
+from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
 from .history import Entry, History, in_order
@@ -24,6 +26,8 @@ _CHANNEL_BYTES = 1024
 _SMALLEST_EVENT = 10
 """No published event is smaller, in bytes on the wire: each has an id and data."""
 
+_seq_of = attrgetter("seq")
+
 
 class Channel:
     """A channel that somebody reads or that has a history.
@@ -31,9 +35,10 @@ class Channel:
     :param name: its name.
     :param history: its recent events.
     :param now: the time of the broker's clock, in seconds.
+    :ivar end: the position where it has ended for good; ``None`` as long as it goes on.
     """
 
-    __slots__ = ("bytes", "history", "name", "sets", "touched")
+    __slots__ = ("bytes", "end", "history", "name", "sets", "touched")
 
     def __init__(self, name: str, history: History, now: float) -> None:
         self.name = name
@@ -42,13 +47,19 @@ class Channel:
         self.sets: set[ChannelSet] = set()
         # What it counts among those that nobody reads.
         self.bytes = 0
+        self.end: int | None = None
 
 
 class Owner(Protocol):
     """What a channel set needs of the broker that it belongs to."""
 
     def read(
-        self, channel_set: ChannelSet, after: int, until: int | None, max_bytes: int | None
+        self,
+        channel_set: ChannelSet,
+        after: int,
+        until: int | None,
+        max_bytes: int | None,
+        floors: Sequence[int] | None,
     ) -> tuple[bytes, int] | None:
         """See :meth:`ChannelSet.read`."""
 
@@ -92,7 +103,11 @@ class ChannelSet:
         self.waiting: set[concurrency.Event] = set()
 
     def read(
-        self, after: int, until: int | None = None, max_bytes: int | None = None
+        self,
+        after: int,
+        until: int | None = None,
+        max_bytes: int | None = None,
+        floors: Sequence[int] | None = None,
     ) -> tuple[bytes, int] | None:
         """Return the events behind a position, and the position behind them.
 
@@ -100,10 +115,11 @@ class ChannelSet:
         :param until: the position where to stop; the latest by default.
         :param max_bytes: stop with the event that reaches this size; if the bytes returned are
             fewer, there was no more to read.
+        :param floors: of each channel, the position up to which its events are left out.
         :returns: whole events as bytes, ``b""`` if there are none, and the new position; ``None``
             if they have ended, or if some of the events are gone.
         """
-        return self.owner.read(self, after, until, max_bytes)
+        return self.owner.read(self, after, until, max_bytes, floors)
 
     def leave(self) -> None:
         """Take one subscription off the books, at once or with the next call."""
@@ -222,7 +238,12 @@ class Channels:
         names = tuple([channel.name for channel in channels])
         channel_set = self._sets.get(names)
         if channel_set is None:
-            self._sets[names] = channel_set = ChannelSet(owner, self, channels)
+            channel_set = ChannelSet(owner, self, channels)
+            channel_set.end = min(
+                [one.end for one in channels if one.end is not None], default=None
+            )
+            if channel_set.end is None:
+                self._sets[names] = channel_set
             for channel in channels:
                 channel.sets.add(channel_set)
                 self._weigh(channel)
@@ -265,6 +286,13 @@ class Channels:
         """End the sets of a channel at a position; return how many subscriptions they have."""
         channel = self._channels.get(name)
         return self.end(channel.sets, position) if channel else 0
+
+    def finish_channel(self, name: str, position: int) -> None:
+        """End the sets of a channel at a position, and those that read it from now on."""
+        channel = self._channels.get(name)
+        if channel is not None and channel.end is None:
+            channel.end = position
+            self.end(channel.sets, position)
 
     def end_all(self, position: int) -> None:
         """End every set at a position."""
@@ -342,7 +370,11 @@ class Channels:
 
 
 def read(
-    channel_set: ChannelSet, after: int, until: int, max_bytes: int | None
+    channel_set: ChannelSet,
+    after: int,
+    until: int,
+    max_bytes: int | None,
+    floors: Sequence[int] | None = None,
 ) -> tuple[list[Entry], int] | None:
     """See :meth:`ChannelSet.read`; the entries are not joined yet."""
     end = channel_set.end
@@ -352,28 +384,45 @@ def read(
     # So many events reach the size.
     limit = None if max_bytes is None else max_bytes // _SMALLEST_EVENT + 1
     kept = []
-    for channel in channel_set.channels:
+    for number, channel in enumerate(channel_set.channels):
         history = channel.history
-        if history.dropped > after:
+        since = after if floors is None else max(after, floors[number])
+        if history.dropped > since:
             return None
-        if history.newest > after:
-            entries = history.after(after, limit)
+        if history.newest > since:
+            entries = history.after(since, limit)
             kept.append(entries)
             if len(entries) == limit:
                 # What comes behind is not known, and may be older than others' entries.
                 last = min(last, entries[-1].seq)
-    found = kept[0] if len(kept) == 1 else in_order(kept)
+    return _cut(kept, last, max(after, last), max_bytes)
+
+
+def _cut(
+    kept: list[list[Entry]], last: int, position: int, max_bytes: int | None
+) -> tuple[list[Entry], int]:
+    if max_bytes is None:
+        return up_to(last, kept), position
+    if len(kept) == 1 and len(kept[0]) == 1:
+        # The most common case by far: the newest event of one channel.
+        return (kept[0] if kept[0][0].seq <= last else []), position
+    found: list[Entry] = []
+    size = 0
+    # One after another, since there may be far more of them than fit.
+    for entry in kept[0] if len(kept) == 1 else merge(*kept, key=_seq_of):
+        if entry.seq > last:
+            break
+        if not found or entry.seq != found[-1].seq:
+            found.append(entry)
+            size += len(entry.wire)
+        if size >= max_bytes:
+            return found, entry.seq
+    return found, position
+
+
+def up_to(last: int, histories: Iterable[list[Entry]]) -> list[Entry]:
+    """Join the entries of several channels up to a position into one sequence, each event once."""
+    found = in_order(histories)
     if found and found[-1].seq > last:
         found = [entry for entry in found if entry.seq <= last]
-    if max_bytes is None or len(found) < 2:
-        return found, max(after, last)
-    return _cut(found, max(after, last), max_bytes)
-
-
-def _cut(entries: list[Entry], position: int, max_bytes: int) -> tuple[list[Entry], int]:
-    size = 0
-    for n, entry in enumerate(entries):
-        size += len(entry.wire)
-        if size >= max_bytes:
-            return entries[: n + 1], entry.seq
-    return entries, position
+    return found

@@ -67,6 +67,11 @@ class Figures:
             self.replayed += start.count(b"\n\n")
             return self.connects
 
+    def replay(self, wire: bytes) -> None:
+        """Count what one gets besides of what it missed, or as history."""
+        with self._mutex:
+            self.replayed += wire.count(b"\n\n")
+
     def ended(self, reason: str) -> None:
         """Count the end of one."""
         with self._mutex:

@@ -99,15 +99,15 @@ def cutter(environ: Mapping[str, Any]) -> Callable[[], None] | None:
     return lambda: descriptors.cut(found.fileno())
 
 
-def probe(environ: Mapping[str, Any], patience: float) -> None:
-    """Have the kernel give up the silent client of a request, if its server is known.
+def prepare(environ: Mapping[str, Any], timeout: float, patience: float | None) -> None:
+    """Bound what the kernel does for the client of a request, if its server is known.
 
     :param environ: the WSGI environment.
-    :param patience: see :func:`descriptors.probe`.
+    :param timeout: see :func:`descriptors.prepare`, as for ``patience``.
     """
     found = _socket_in(environ) if descriptors.IS_AVAILABLE else None
     if found is not None:
-        descriptors.probe(found.fileno(), patience)
+        descriptors.prepare(found.fileno(), timeout, patience)
 
 
 def _socket_in(environ: Mapping[str, Any]) -> Any:

@@ -6,15 +6,15 @@ number that answer is complete, and which number a publisher's own id stands for
 Two spans are kept apart. *Replay* gives a client that returns what the configuration promises: the
 newest ``size`` events, no older than ``seconds``. The *tail* behind it holds a little more while
 somebody is connected, so that a burst larger than the history does not cut off subscribers whose
-thread or greenlet has not had its turn yet. It is shared by all of them and bounded in bytes and in
-seconds, so that one who stands still costs no more than that.
+thread or greenlet has not had its turn yet, nor those that are still reading what was replayable
+when they came. It is shared by all of them and bounded in bytes and in seconds, so that one who
+stands still costs no more than that.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from itertools import takewhile
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,12 +60,15 @@ class History:
         "_bytes",
         "_entries",
         "_first",
+        "_hidden_bytes",
         "_keys",
         "_max_bytes",
+        "_replayed_at",
         "_seconds",
         "_size",
         "_tail_bytes",
         "_tail_seconds",
+        "_window",
         "dropped",
         "newest",
     )
@@ -85,11 +88,12 @@ class History:
         self._tail_seconds = tail_seconds
         self._max_bytes = max_bytes
         self.dropped = self.newest = dropped
-        self._bytes = 0
+        self._bytes = self._hidden_bytes = 0
+        self._replayed_at = -math.inf
         # A list, in which a position is found by bisection; those before the first are dropped
-        # some at a time.
+        # some at a time. From the first to the window is the tail, and behind it what is replayed.
         self._entries: list[Entry] = []
-        self._first = 0
+        self._first = self._window = 0
         # Of each key, the number of the only entry that it has.
         self._keys: dict[str, int] = {}
 
@@ -126,32 +130,52 @@ class History:
         self._keys[key] = seq
         if before is not None:
             index = bisect_left(self._entries, before, self._first, key=_seq_of)
-            self._bytes -= len(self._entries.pop(index).wire) + _ENTRY_OVERHEAD
+            size = len(self._entries.pop(index).wire) + _ENTRY_OVERHEAD
+            self._bytes -= size
+            if index < self._window:
+                self._window -= 1
+                self._hidden_bytes -= size
 
     def trim(self, now: float, keep_tail: bool) -> None:
         """Drop what nobody can ask for any more at the time ``now`` (seconds)."""
+        self._hide(now)
         entries = self._entries
-        while self._first < len(entries) and not self._is_needed(
-            entries[self._first], now, keep_tail
-        ):
+        while self._first < self._window and not (keep_tail and self._has_to_wait(now)):
             entry = entries[self._first]
             self._first += 1
-            self._bytes -= len(entry.wire) + _ENTRY_OVERHEAD
+            size = len(entry.wire) + _ENTRY_OVERHEAD
+            self._bytes -= size
+            self._hidden_bytes -= size
             self.dropped = entry.seq
             if entry.key is not None:
                 del self._keys[entry.key]
         if self._first > _DROPPED_AT_ONCE + len(entries) // 64 or self._first == len(entries):
             del entries[: self._first]
+            self._window -= self._first
             self._first = 0
 
-    def _is_needed(self, oldest: Entry, now: float, keep_tail: bool) -> bool:
-        count = len(self._entries) - self._first
-        is_recent = count <= self._size and now - oldest.time <= self._seconds
-        if is_recent and (self._bytes <= self._max_bytes or count == 1):
-            return True
+    def _hide(self, now: float) -> None:
+        entries = self._entries
+        while self._window < len(entries):
+            oldest, count = entries[self._window], len(entries) - self._window
+            is_recent = count <= self._size and now - oldest.time <= self._seconds
+            if is_recent and (self._bytes - self._hidden_bytes <= self._max_bytes or count == 1):
+                return
+            self._hidden_bytes += len(oldest.wire) + _ENTRY_OVERHEAD
+            self._window += 1
+
+    def _has_to_wait(self, now: float) -> bool:
+        oldest = self._entries[self._first]
         # The newest event stays, however large it is: nobody can have taken it yet.
-        is_small = self._bytes <= self._tail_bytes or count == 1
-        return keep_tail and is_small and now - oldest.time <= self._tail_seconds
+        is_small = self._bytes <= self._tail_bytes or self._first == len(self._entries) - 1
+        if is_small and now - oldest.time <= self._tail_seconds:
+            return True
+        is_replayed = now - self._replayed_at <= self._tail_seconds
+        return is_replayed and self._hidden_bytes <= self._tail_bytes
+
+    def replay_begins(self, now: float) -> None:
+        """Take note that somebody reads all that is replayable at the time ``now`` (seconds)."""
+        self._replayed_at = now
 
     def after(self, seq: int, limit: int | None = None) -> list[Entry]:
         """Return what is kept after a sequence number, in order.
@@ -172,17 +196,14 @@ class History:
 
     def replayable(self, now: float) -> list[Entry]:
         """Return what a client that returns at the time ``now`` (seconds) may still get."""
-        return self._entries[self._first + self._hidden(now) :]
+        self._hide(now)
+        return self._entries[self._window :]
 
     def complete_since(self, now: float) -> int:
         """Return the lowest sequence number after which :meth:`replayable` lacks nothing."""
-        hidden = self._hidden(now)
-        return self._entries[self._first + hidden - 1].seq if hidden else self.dropped
-
-    def _hidden(self, now: float) -> int:
-        too_many = max(0, len(self) - self._size)
-        newest = self._entries[self._first + too_many :]
-        return too_many + sum(1 for _ in takewhile(lambda e: now - e.time > self._seconds, newest))
+        self._hide(now)
+        is_hidden = self._window > self._first
+        return self._entries[self._window - 1].seq if is_hidden else self.dropped
 
     def positions(self, id: str) -> list[int]:
         """Return the sequence numbers of the events that were published with this id."""

@@ -7,7 +7,10 @@ read once, framed once, and sent to each. The rules:
 * Only the loop changes what the hub has. Others append to a queue and ring.
 * No send waits. A socket that takes only a part is *lagging*: it keeps the rest of that frame, and
   once there is room it reads on from its own position, frame by frame, until it has caught up with
-  its group. It never has a queue of its own.
+  its group. So does one that is new, and has to get what history has. It never has a queue of its
+  own.
+* Those that lag take turns, a frame each, for a millisecond in each turn of the loop: what is new
+  comes first.
 """
 
 from __future__ import annotations
@@ -23,15 +26,15 @@ from . import concurrency, descriptors, endings
 from .figures import Deliveries
 from .heartbeats import Heartbeats
 from .subscriber import Frames, Members, ending, framed
+from .subscription import FRAME_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from .subscriber import Group, Source, Subscriber
 
-FRAME_BYTES = 32 * 1024
-"""How many bytes are joined into one frame, unless a single event is larger."""
-# Who lags has one of its own. 64 KiB were no faster, and left glibc with up to 14 MiB of holes.
+# Who lags has a frame of its own. 64 KiB were no faster, and left glibc with up to 14 MiB of holes.
+_CATCH_UP_SECONDS = 0.001
 _SENDS_IN_A_ROW = 100
 _STOP_SECONDS = 2.0
 
@@ -156,7 +159,8 @@ class SocketHub:
             return not self._is_running
 
     def _turn(self) -> None:
-        pause = 0 if self._arrived else self._heartbeats.next_tick - time.monotonic()
+        has_work = self._arrived or self._members.ready
+        pause = 0 if has_work else self._heartbeats.next_tick - time.monotonic()
         events = self._watcher.wait(max(0, pause))
         self._now = time.monotonic()
         # Before those that have arrived: then each of them has arrived as well.
@@ -175,10 +179,18 @@ class SocketHub:
         for descriptor, event in events:
             self._on_event(descriptor, event)
         self._send_all_news()
+        self._catch_up_some()
         if self._now >= self._heartbeats.next_tick:
             self._tick()
         if self._is_stopped:
             self._finish_all(endings.STOPPED)
+
+    def _catch_up_some(self) -> None:
+        ready, end = self._members.ready, time.monotonic() + _CATCH_UP_SECONDS
+        while ready:
+            self._catch_up(next(iter(ready.values())))
+            if time.monotonic() >= end:
+                return
 
     def _send_all_news(self) -> None:
         rung_at, groups = self._watcher.rung_at, self._members.groups
@@ -236,19 +248,39 @@ class SocketHub:
         self._catch_up(subscriber)
 
     def _catch_up(self, subscriber: Subscriber) -> None:
-        group = subscriber.group
-        while self._send_pending(subscriber):
-            if subscriber.position >= group.position:
-                self._rejoin(subscriber)
-                return
-            found = group.source.read(subscriber.position, group.position, FRAME_BYTES)
-            if found is None:
-                self._cut(subscriber)
-                return
-            wire, subscriber.position = found
-            self.sent.add(wire, 1)
-            if wire:
-                subscriber.pending = framed(wire, subscriber.is_chunked)
+        self._members.ready.pop(subscriber.descriptor, None)
+        if not self._send_pending(subscriber):
+            return
+        if not subscriber.has_all and not self._send_next(subscriber):
+            return
+        if subscriber.has_all:
+            self._rejoin(subscriber)
+        else:
+            # It has another turn, behind the others.
+            self._members.ready[subscriber.descriptor] = subscriber
+
+    def _send_next(self, subscriber: Subscriber) -> bool:
+        frame = self._next_frame(subscriber)
+        if frame is None:
+            self._cut(subscriber)
+            return False
+        if frame:
+            subscriber.pending = framed(frame, subscriber.is_chunked)
+        return self._send_pending(subscriber)
+
+    def _next_frame(self, subscriber: Subscriber) -> bytes | None:
+        group, replay = subscriber.group, subscriber.replay
+        if replay is not None:
+            frame = replay.read(FRAME_BYTES)
+            if replay.is_over:
+                subscriber.replay = None
+            return frame
+        found = group.source.read(subscriber.position, group.position, FRAME_BYTES)
+        if found is None:
+            return None
+        frame, subscriber.position = found
+        self.sent.add(frame, 1)
+        return frame
 
     def _send_pending(self, subscriber: Subscriber) -> bool:
         while subscriber.offset < len(subscriber.pending):
@@ -276,7 +308,7 @@ class SocketHub:
         if event & descriptors.IS_GONE:
             self._lose(subscriber, descriptors.error_of(descriptor))
         elif descriptor in self._members.lagging:
-            self._catch_up(subscriber)
+            self._members.ready[descriptor] = subscriber
         elif event & descriptors.SAYS_NO_MORE and not subscriber.is_half_closed:
             # Who has closed the connection answers a beat with a reset, which is an event of its
             # own; who has closed only his half of it goes on reading.

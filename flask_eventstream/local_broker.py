@@ -15,19 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 from . import concurrency
 from .broker import DEFAULT_CHANNEL, Broker, channel_names, encode_reset
-from .channels import Channels, ChannelSet, read
+from .channels import Channels, ChannelSet, read, up_to
 from .errors import BrokerClosedError
 from .event import MAX_EVENT_BYTES
-from .history import Entry, History, in_order, joined
+from .history import Entry, History, joined
 from .run_registry import MAX_RUNS_PER_OWNER
-from .subscription import Subscription
+from .subscription import FRAME_BYTES, Replay, Subscription
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from .members import Members
     from .revocations import RevocationLog
     from .run_registry import RunRegistry
+
+    Begin = tuple[bytes, int, bool]
+    """The bytes that a subscription begins with, the position behind which events follow, and
+    whether it continues after its cursor."""
+
+    BeginOfLog = Callable[[Sequence[Entry]], tuple[bytes, int]]
 
 MINTED_HINT = "has the form of this broker's own ids; choose another, or leave it out"
 
@@ -43,6 +49,10 @@ LOG_PREFIX = "\x1frun:"
 publisher can name a log."""
 
 _TAIL_EVENTS = 4
+
+
+def _whole(entries: Sequence[Entry]) -> tuple[bytes, int]:
+    return b"", 0
 
 
 class LocalBroker(Broker):
@@ -79,7 +89,9 @@ class LocalBroker(Broker):
         tail_bytes = _TAIL_EVENTS * max_event_bytes
         of_channel = partial(History, history, history_seconds, tail_bytes, max_lag)
         # A log is kept as a whole, and forgotten as a whole.
-        of_log = partial(History, sys.maxsize, math.inf, 0, 0, max_bytes=max_run_bytes)
+        of_log = partial(
+            History, sys.maxsize, math.inf, tail_bytes, max_lag, max_bytes=max_run_bytes
+        )
 
         def new_history(name: str, dropped: int) -> History:
             return (of_log if name.startswith(LOG_PREFIX) else of_channel)(dropped=dropped)
@@ -106,16 +118,22 @@ class LocalBroker(Broker):
         self, *channels: str, last_event_id: str | None = None, history: int = 0
     ) -> Subscription:
         """Start to receive; see :meth:`Broker.subscribe`."""
-        return self._open(channel_names(channels or DEFAULT_CHANNEL), last_event_id, history)
+        names = channel_names(channels or DEFAULT_CHANNEL)
+        return self._open(names, partial(self._begin, last_event_id, history))
 
-    def subscribe_log(self, run: str, last: int) -> Subscription:
-        """Start to receive the log of a run, with all that is kept of it as its start.
+    def subscribe_log(
+        self, run: str, last: int, begin: BeginOfLog = _whole, is_over: bool = False
+    ) -> Subscription:
+        """Start to receive the log of a run.
 
         :param run: the run's id.
-        :param last: the number of the last event that was written to it. The start reaches at least
-            as far.
+        :param last: the number of the last event that was written to it. What is received reaches
+            at least as far.
+        :param begin: finds where to begin among the entries that are kept: returns bytes that come
+            first, and how many entries are left out; all are received by default.
+        :param is_over: whether nothing more will be written to it.
         """
-        return self._open((LOG_PREFIX + run,), None, sys.maxsize)
+        return self._open((LOG_PREFIX + run,), partial(self._begin_log, begin), is_over)
 
     @abstractmethod
     def registry(
@@ -141,38 +159,52 @@ class LocalBroker(Broker):
         """
 
     def _open(
-        self, names: tuple[str, ...], last_event_id: str | None, history: int
+        self,
+        names: tuple[str, ...],
+        begin: Callable[[list[History], float], Begin],
+        is_over: bool = False,
     ) -> Subscription:
         with self._mutex:
             self._check_open()
             now = self._clock()
             self._remove_leaving()
             self._channels.sweep(now)
-            read = [self._channels.touch(name, now) for name in names]
-            kept = [channel.history for channel in read]
-            start, resumed = self._replay(kept, last_event_id, history, now)
-            channel_set = self._channels.join(self, read)
-            subscription = Subscription(channel_set, self._channels.position, start, resumed)
+            channels = [self._channels.touch(name, now) for name in names]
+            if is_over:
+                self._channels.finish_channel(names[0], self._channels.position)
+            start, position, resumed = begin([channel.history for channel in channels], now)
+            channel_set = self._channels.join(self, channels)
+            until = self._channels.position if channel_set.end is None else channel_set.end
+            frame, replay = _first_frame(channel_set, position, until, now)
+            subscription = Subscription(channel_set, until, start + frame, resumed, replay)
         # Should the waker be about to end, for want of subscribers, this keeps it.
         self._waker.ring()
         return subscription
 
-    def _replay(
-        self, kept: list[History], cursor: str | None, history: int, now: float
-    ) -> tuple[bytes, bool]:
+    def _begin(self, cursor: str | None, history: int, kept: list[History], now: float) -> Begin:
         last = self._channels.position
         if not cursor:
-            newest = _up_to(last, (one.replayable(now) for one in kept))
-            return joined(newest[-history:] if history > 0 else []), False
+            newest = self._replayable(kept, now)[-history:] if history > 0 else []
+            return b"", _before(newest, last), False
         seq = self._seq_of(cursor, kept)
         if seq is not None and max(one.complete_since(now) for one in kept) <= seq <= last:
             self.replays += 1
-            return joined(_up_to(last, (one.after(seq) for one in kept))), True
+            return b"", seq, True
         self.resets += 1
-        left = _up_to(last, (one.replayable(now) for one in kept))
+        left = self._replayable(kept, now)
         earliest = (left[0].id or self.mint(left[0].seq)) if left else None
-        position = left[0].seq - 1 if left else last
-        return encode_reset(cursor, earliest, self.mint(position)) + joined(left), False
+        position = _before(left, last)
+        return encode_reset(cursor, earliest, self.mint(position)), position, False
+
+    def _begin_log(self, begin: BeginOfLog, kept: list[History], now: float) -> Begin:
+        entries = self._replayable(kept, now)
+        start, left_out = begin(entries)
+        return start, _before(entries[left_out:], self._channels.position), False
+
+    def _replayable(self, kept: list[History], now: float) -> list[Entry]:
+        # What the books have beyond their position is sent as news, once they are complete up to
+        # it.
+        return up_to(self._channels.position, [one.replayable(now) for one in kept])
 
     def _seq_of(self, cursor: str, kept: list[History]) -> int | None:
         minted = self._seq_of_minted(cursor)
@@ -295,12 +327,17 @@ class LocalBroker(Broker):
         """Take note that a subscription is off the books; under the mutex."""
 
     def read(
-        self, channel_set: ChannelSet, after: int, until: int | None, max_bytes: int | None
+        self,
+        channel_set: ChannelSet,
+        after: int,
+        until: int | None,
+        max_bytes: int | None,
+        floors: Sequence[int] | None,
     ) -> tuple[bytes, int] | None:
         """Return events of a channel set; see :meth:`ChannelSet.read`."""
         with self._mutex:
             last = self._channels.position if until is None else until
-            found = read(channel_set, after, last, max_bytes)
+            found = read(channel_set, after, last, max_bytes, floors)
             if not (found and found[0]):
                 self._channels.sweep(self._clock())
         return found and (joined(found[0]), found[1])
@@ -329,12 +366,26 @@ def _prefix(name: str) -> str:
     return "run" if name.startswith(LOG_PREFIX) else name.partition(":")[0] or name
 
 
-def _up_to(last: int, histories: Iterable[list[Entry]]) -> list[Entry]:
-    # What the books have beyond their position is sent as news, once they are complete up to it.
-    found = in_order(histories)
-    if found and found[-1].seq > last:
-        found = [entry for entry in found if entry.seq <= last]
-    return found
+def _before(entries: Sequence[Entry], last: int) -> int:
+    return entries[0].seq - 1 if entries else last
+
+
+def _first_frame(
+    channel_set: ChannelSet, position: int, until: int, now: float
+) -> tuple[bytes, Replay | None]:
+    if position >= until:
+        return b"", None
+    kept = [channel.history for channel in channel_set.channels]
+    floors = [one.complete_since(now) for one in kept]
+    hidden = floors if max(floors) > position else None
+    found = read(channel_set, position, until, FRAME_BYTES, hidden)
+    assert found is not None, "what is replayable is there"
+    entries, position = found
+    if position >= until:
+        return joined(entries), None
+    for one in kept:
+        one.replay_begins(now)
+    return joined(entries), Replay(channel_set, position, until, hidden)
 
 
 def seq_of_minted(id: str, epoch: str) -> int | None:

@@ -120,8 +120,10 @@ class MemoryBroker(LocalBroker):
             self._channels.ring()
 
     def end_log(self, run: str) -> None:
-        """End all who read the log of a run, after what it has."""
-        self._end(LOG_PREFIX + run)
+        """End all who read the log of a run, now or later, after what it has."""
+        with self._mutex:
+            self._channels.finish_channel(LOG_PREFIX + run, self._channels.position)
+        self._channels.ring()
 
     def size_of_log(self, run: str) -> int:
         """Return how much is kept of the log of a run, in bytes."""

@@ -116,8 +116,10 @@ def subscribed(
             start = first_events(state.config, subscription, snapshot)
             if is_member:
                 stay = state.members.enter(names[0], member_name(member, place.user))
-                # Behind all that history has of joins and leaves.
-                start += b"" if subscription.resumed else present_event(state.members, names[0])
+                if not subscription.resumed:
+                    # Behind all that history has of joins and leaves.
+                    subscription.put_behind(present_event(state.members, names[0]))
+                start = subscription.start
         except BrokerUnavailableError as error:
             subscription.close()
             return come_again(state.config, error)
@@ -140,7 +142,7 @@ def open_stream(
     """
     config = state.config
     first = opening(config) + start
-    # Up to megabytes, which nobody needs twice, for as long as the client stays.
+    # Nobody needs it twice, for as long as the client stays.
     subscription.start = b""
     body = SubscriptionBody(
         subscription, first, config.heartbeat, config.max_lifetime, state, place
@@ -187,22 +189,19 @@ def come_again(config: Config, reason: object) -> EventStreamResponse:
 def first_events(
     config: Config, subscription: Subscription, snapshot: Callable[[], Any] | None
 ) -> bytes:
-    """Return what a subscriber gets first: what it missed, and the snapshot.
+    """Have the snapshot come behind what a subscriber missed, and return what comes first.
 
     :param config: the app's.
     :param subscription: the subscription, which is in force.
     :param snapshot: see :meth:`EventStream.subscribe`.
     """
-    start = subscription.start
-    if snapshot is None or subscription.resumed:
-        return start
-    item = snapshot()
-    if item is None:
-        return start
-    is_event = isinstance(item, ServerSentEvent)
-    event: ServerSentEvent = item if is_event else ServerSentEvent(item, dumps=json_dumps())
-    if event.id is None:
-        # With the id of the moment it was taken at, a client that then loses the connection gets
-        # what came after it, and not everything once more.
-        event = event.with_id(subscription.cursor)
-    return start + event.encode(config.max_event_bytes)
+    item = None if snapshot is None or subscription.resumed else snapshot()
+    if item is not None:
+        is_event = isinstance(item, ServerSentEvent)
+        event: ServerSentEvent = item if is_event else ServerSentEvent(item, dumps=json_dumps())
+        if event.id is None:
+            # With the id of the moment it was taken at, a client that then loses the connection
+            # gets what came after it, and not everything once more.
+            event = event.with_id(subscription.cursor)
+        subscription.put_behind(event.encode(config.max_event_bytes))
+    return subscription.start

@@ -209,12 +209,12 @@ class RedisBroker(LocalBroker):
             self._prepare(names, last_event_id)
             return super().subscribe(*names, last_event_id=last_event_id, history=history)
 
-    def subscribe_log(self, run: str, last: int) -> Subscription:
+    def subscribe_log(self, run: str, last: int, *begin: Any, **options: Any) -> Subscription:
         """Start to receive the log of a run; see :meth:`LocalBroker.subscribe_log`."""
         names = (LOG_PREFIX + run,)
         with self._followed(names):
             self._prepare(names, f"{run}.{last}")
-            return super().subscribe_log(run, last)
+            return super().subscribe_log(run, last, *begin, **options)
 
     def registry(
         self,

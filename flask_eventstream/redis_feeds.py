@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from .broker import encode_reset
 from .event import with_id
 from .history import Entry
-from .local_broker import seq_of_minted
+from .local_broker import LOG_PREFIX, seq_of_minted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -210,7 +210,10 @@ class Feeds:
         position = self._offset + event.seq
         if not event.wire:
             for name in names:
-                self._books.end_channel(name, position)
+                # A log has one end; who comes later reads up to it.
+                is_log = name.startswith(LOG_PREFIX)
+                end = self._books.finish_channel if is_log else self._books.end_channel
+                end(name, position)
             return
         # What is older than the epoch may lack something behind it: no cursor for its id.
         own_id = event.id if event.seq > self._base else None

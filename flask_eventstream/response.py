@@ -23,11 +23,12 @@ from .generator_stream import GeneratorBody, body_of, close_stream, shutdown_in_
 from .subscriber import Subscriber, framed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from _typeshed.wsgi import WSGIEnvironment
 
     from .hub import SocketHub
+    from .shutdown import Shutdown
 
 HEADERS = {
     # no-transform: a proxy that compresses would hold events back until its buffer is full.
@@ -70,6 +71,7 @@ class EventStreamResponse(Response):
     implicit_sequence_conversion = False
     _hub: SocketHub | None = None
     _generated: GeneratorBody | None = None
+    _max_lag = 0.0
     _has_closers = False
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
@@ -95,7 +97,8 @@ class EventStreamResponse(Response):
         to_close: Iterable[Any] = unwrapped(stream)
         if isinstance(stream, SubscriptionBody):
             body = stream
-            self._hub = current_app.extensions["eventstream"].hub
+            state = current_app.extensions["eventstream"]
+            self._hub, self._max_lag = state.hub, state.config.max_lag
             request.environ.get(ON_SUBSCRIBED_KEY, _ignore)(stream)
         elif isinstance(stream, ShortBody):
             body = iter(stream)
@@ -131,7 +134,8 @@ class EventStreamResponse(Response):
             self._request_end.take(self)
             if self._generated is not None:
                 self._generated.hold()
-        stream, hub = self.response, self._hub
+        stream, hub, shutdown = self.response, self._hub, shutdown_in_use()
+        bound = partial(self._bound, environ, shutdown)
         # Both may be something else: the body after an after_request function, and () for HEAD.
         if hub is not None and isinstance(stream, SubscriptionBody) and app_iter != ():
             server = hijack.server_socket(environ) if self._is_plain() else None
@@ -139,18 +143,18 @@ class EventStreamResponse(Response):
                 # Whoever wants to know when the stream ends may need the whole response for that.
                 owner = self if self._has_closers else stream
                 hand_over = partial(_hand_over, hub, stream, owner)
-                watch = shutdown_in_use().watch
-                return hijack.HijackingBody(server, iter(app_iter), hand_over, watch, self.close)
-        if isinstance(stream, SubscriptionBody) and stream.patience is not None:
-            hijack.probe(environ, stream.patience)
-        self._have_it_cut(environ)
+                items = _first_and_others(iter(app_iter), bound)
+                return hijack.HijackingBody(server, items, hand_over, shutdown.watch, self.close)
+        bound()
         return app_iter
 
-    def _have_it_cut(self, environ: WSGIEnvironment) -> None:
+    def _bound(self, environ: WSGIEnvironment, shutdown: Shutdown) -> None:
         # A server that waits for a client who takes nothing cannot be told that it has to stop.
+        if isinstance(self.response, SubscriptionBody):
+            hijack.prepare(environ, self._max_lag, self.response.patience)
         cut = hijack.cutter(environ)
         if cut is not None:
-            super().call_on_close(shutdown_in_use().cut_late(cut))
+            super().call_on_close(shutdown.cut_late(cut))
 
     def _is_plain(self) -> bool:
         size = sum([len(name) + len(value) for name, value in self.headers])
@@ -216,10 +220,19 @@ def _hand_over(
         hijacked.head + wire,
         hijacked.is_chunked,
         stream.deadline,
+        subscription.replay,
     )
+    subscription.replay = None
     stream.finish_by(partial(hub.end, subscriber))
     # The last step: what is raised behind it would have the socket closed that the hub has.
     hub.add(subscriber, stream.patience)
+
+
+def _first_and_others(items: Iterator[bytes], bound: Callable[[], None]) -> Iterator[bytes]:
+    # The others are asked for if the server keeps the socket.
+    yield next(items)
+    bound()
+    yield from items
 
 
 def _max_event_bytes() -> int:

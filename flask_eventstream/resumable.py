@@ -10,23 +10,22 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 from flask import abort, current_app, request, url_for
 from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 
 from . import access, concurrency
-from .body import ShortBody
 from .config import check_seconds
 from .contexts import carried
 from .errors import BrokerUnavailableError, ConfigurationError
 from .format import stream_format
 from .generator_stream import report_failure
-from .opening import SERVER_STOPS, come_again, open_stream, opening, take_place
+from .opening import SERVER_STOPS, come_again, open_stream, take_place
 from .response import HEADERS, EventStreamResponse, cursor, json_dumps
 from .run import Run
-from .run_log import has_end_of, new_key, number_in, rest_of
+from .run_log import new_key, number_in, rest_of
 from .run_registry import CANCELLED, LOST, NoRoomError, Standing
 from .runs import last_words
 from .state import current_state
@@ -194,29 +193,24 @@ class Resumable:
         number = _number_of_last(standing)
         if standing is None or (number == standing.last and not standing.is_active):
             return current_app.response_class(status=204, headers=HEADERS)
-        if not standing.is_active:
-            # What ends at once needs no place.
-            return self._stream(state, key, standing, number, None)
         with place or take_place(state, self._identify) as place:
             return self._stream(state, key, standing, number, place)
 
     def _stream(
-        self, state: State, key: str, standing: Standing, number: int, place: Place | None
+        self, state: State, key: str, standing: Standing, number: int, place: Place
     ) -> Response | None:
-        subscription = state.broker.subscribe_log(standing.run, standing.last)
+        begin = partial(rest_of, standing, number, cursor() or "")
+        subscription = state.broker.subscribe_log(
+            standing.run, standing.last, begin, not standing.is_active
+        )
         after = state.runs.registry.find(key)
         if after is None or after.run != standing.run:
             # Another one has taken its place meanwhile, and its log may be gone.
             subscription.close()
             return None
-        log = subscription.start
-        start = rest_of(log, standing, number, cursor() or "")
-        if place is None or (not after.is_active and has_end_of(log, after)):
-            subscription.close()
-            response = EventStreamResponse(ShortBody(opening(state.config) + start))
-        else:
+        if after.is_active:
             state.runs.registry.watch(key, after, last_words(self._encoder(), LOST))
-            response = open_stream(state, subscription, start, place)
+        response = open_stream(state, subscription, subscription.start, place)
         response.headers["X-Run-Id"] = after.run
         response.headers["Location"] = _url_of(after)
         return response

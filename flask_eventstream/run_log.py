@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from .broker import encode_reset
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .history import Entry
     from .run_registry import Standing
+
+_LONGEST_NUMBER = 24
 
 
 def new_key(url: str, owner: str) -> str:
@@ -30,30 +36,34 @@ def number_in(cursor: str, run: str) -> int | None:
     return int(number) if prefix == run and is_number else None
 
 
-def rest_of(log: bytes, standing: Standing, number: int, cursor: str) -> bytes:
-    """Return what a client still has to get of what there is of a log.
+def rest_of(
+    standing: Standing, number: int, cursor: str, entries: Sequence[Entry]
+) -> tuple[bytes, int]:
+    """Find where a client goes on in a log.
 
-    :param log: the log, as far as it is kept.
     :param standing: how its run stood before the log was read.
     :param number: the number of the last event that the client has, 0 for none.
     :param cursor: the cursor that it came with.
-    :returns: the events after that, or a ``reset`` and all there are.
+    :param entries: the log, as far as it is kept; each entry has one event or several.
+    :returns: what comes first, the rest of an entry or a ``reset``, and how many entries are
+        left out.
     """
-    first = _first_number(log) or standing.last + 1
-    if number + 1 == first:
-        return log
+    run = standing.run
+    first = _first_number(entries[0].wire) if entries else standing.last + 1
     if number + 1 < first:
-        earliest = f"{standing.run}.{first}" if log else None
-        return encode_reset(cursor, earliest, f"{standing.run}.{first - 1}") + log
+        earliest = f"{run}.{first}" if entries else None
+        return encode_reset(cursor, earliest, f"{run}.{first - 1}"), 0
+    found = bisect_right(entries, number, key=_last_number)
+    if found == len(entries):
+        return b"", found
     # Exact, since every line of data begins with "data:".
-    return log.partition(b"\nid: %b.%d\n\n" % (standing.run.encode(), number))[2]
+    _, its_id, rest = entries[found].wire.partition(b"\nid: %b.%d\n\n" % (run.encode(), number))
+    return (rest, found + 1) if its_id else (b"", found)
 
 
-def has_end_of(log: bytes, standing: Standing) -> bool:
-    """Tell whether what there is of a log has the last event of its run."""
-    return log.endswith(b"\nid: %b.%d\n\n" % (standing.run.encode(), standing.last))
+def _first_number(wire: bytes) -> int:
+    return int(wire.partition(b"\n\n")[0].rpartition(b".")[2])
 
 
-def _first_number(log: bytes) -> int | None:
-    first, _, _ = log.partition(b"\n\n")
-    return int(first.rpartition(b".")[2]) if first else None
+def _last_number(entry: Entry) -> int:
+    return int(entry.wire[-_LONGEST_NUMBER:].rpartition(b".")[2])

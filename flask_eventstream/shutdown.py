@@ -33,6 +33,13 @@ _PATIENCE_WITH_GREENLETS = 0.5
 streams are left."""
 
 _CUT_SECONDS = 0.3
+_HANDLED = [
+    getattr(signal, name)
+    for name in ("SIGWINCH", "SIGUSR1", "SIGABRT", "SIGQUIT", "SIGTERM", "SIGINT")
+    if hasattr(signal, name)
+]
+"""What gunicorn's workers handle; first what apps hardly do."""
+
 _RETURNS_IN_A_SECOND = 1000
 """How many clients of one process return in a second. Each takes about half a millisecond."""
 
@@ -146,6 +153,7 @@ class Shutdown:
         :returns: what has to be called once the server has sent all of the stream.
         """
         self._cuts.add(cut)
+        self.watch()
 
         def on_sent() -> None:
             self._cuts.discard(cut)
@@ -178,7 +186,8 @@ class Shutdown:
 
     def _is_unwatched(self) -> bool:
         with self._mutex:
-            is_busy = bool(self._streams) or any(part.is_busy for part in self._parts)
+            is_open = bool(self._streams or self._cuts)
+            is_busy = is_open or any(part.is_busy for part in self._parts)
             self._is_watched = is_busy and not self.has_begun
             return not self._is_watched
 
@@ -240,6 +249,9 @@ def farewell(retry: int, streams: int) -> bytes:
 
 def gunicorn_worker() -> Any:
     """Return gunicorn's worker, if this process is one."""
-    # It is the owner of the handler of its signals.
-    worker = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    return worker if isinstance(getattr(worker, "alive", None), bool) else None
+    # It is the owner of the handlers of its signals. An app may have put its own before some.
+    for kind in _HANDLED:
+        worker = getattr(signal.getsignal(kind), "__self__", None)
+        if isinstance(getattr(worker, "alive", None), bool):
+            return worker
+    return None

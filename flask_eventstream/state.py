@@ -76,6 +76,10 @@ class State:
         """Count events that a server has taken for one subscriber."""
         self.figures.delivered(wire)
 
+    def replayed(self, wire: bytes) -> None:
+        """Count what history had for a subscriber besides what its stream starts with."""
+        self.figures.replay(wire)
+
     def closed(self, body: SubscriptionBody) -> None:
         """Count a subscriber who is off the books, and tell of him."""
         self.figures.ended(body.reason)

@@ -25,6 +25,17 @@ class Source(Protocol):
         """
 
 
+class Replay(Protocol):
+    """What a subscriber gets before its source."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all of it was read."""
+
+    def read(self, max_bytes: int) -> bytes | None:
+        """Return what comes next, as :meth:`Source.read`; ``None`` if some of it is gone."""
+
+
 class Owner(Protocol):
     """What a subscriber belongs to."""
 
@@ -63,6 +74,7 @@ class Subscriber:
     :param pending: what has to be sent before, as it goes over the wire.
     :param is_chunked: whether the bytes are framed in chunks (RFC 9112, section 7.1).
     :param deadline: when the stream ends, by :func:`time.monotonic`.
+    :param replay: what comes between ``pending`` and the source, if anything.
     """
 
     __slots__ = (
@@ -77,6 +89,7 @@ class Subscriber:
         "owner",
         "pending",
         "position",
+        "replay",
     )
 
     def __init__(
@@ -88,6 +101,7 @@ class Subscriber:
         pending: bytes,
         is_chunked: bool,
         deadline: float,
+        replay: Replay | None = None,
     ) -> None:
         self.descriptor = descriptor
         self.owner = owner
@@ -100,6 +114,12 @@ class Subscriber:
         self.is_half_closed = False
         self.is_revoked = False
         self.deadline = deadline
+        self.replay = replay
+
+    @property
+    def has_all(self) -> bool:
+        """Whether it was given all that its group has."""
+        return self.replay is None and self.position >= self.group.position
 
 
 class Members:
@@ -107,12 +127,14 @@ class Members:
 
     :ivar all: all of them, by their descriptors.
     :ivar lagging: those who have not everything yet that their group has.
+    :ivar ready: those of the lagging ones whose sockets have room, in the order of their turns.
     :ivar groups: the groups whose sources go on.
     """
 
     def __init__(self) -> None:
         self.all: dict[int, Subscriber] = {}
         self.lagging: dict[int, Subscriber] = {}
+        self.ready: dict[int, Subscriber] = {}
         self.groups: dict[Source, Group] = {}
 
     def join(self, subscriber: Subscriber, now: float) -> Group:
@@ -135,6 +157,7 @@ class Members:
     def catch_up(self, subscriber: Subscriber) -> None:
         """Take note that a subscriber has all that his group has."""
         del self.lagging[subscriber.descriptor]
+        self.ready.pop(subscriber.descriptor, None)
         subscriber.group.live[subscriber.is_chunked][subscriber.descriptor] = subscriber
 
     def leave(self, subscriber: Subscriber) -> None:
@@ -142,6 +165,7 @@ class Members:
         descriptor, group = subscriber.descriptor, subscriber.group
         del self.all[descriptor]
         self.lagging.pop(descriptor, None)
+        self.ready.pop(descriptor, None)
         group.live[subscriber.is_chunked].pop(descriptor, None)
         group.size -= 1
         if not group.size and not group.is_over:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
@@ -135,15 +135,18 @@ class World:
         for event in written:
             self._broker.write_log(RUN, event.encode())
             self._last += 1
-        subscription = self._broker.subscribe_log(RUN, len(texts))
-        log = subscription.start
-        subscription.close()
-        left = read(log)
+        left = self._read_log(len(texts))
         assert left == [_as_read(event) for event in written[len(written) - len(left) :]]
-        self._check_run(texts, log, left, cursor, road)
+        self._check_run(texts, left, cursor, road)
+
+    def _read_log(self, last: int, *begin: Any) -> list[ServerSentEvent]:
+        subscription = self._broker.subscribe_log(RUN, last, *begin)
+        events = read(subscription.start + (subscription.take(0) or b""))
+        subscription.close()
+        return events
 
     def _check_run(
-        self, texts: list[str], log: bytes, left: list[ServerSentEvent], cursor: bytes, road: int
+        self, texts: list[str], left: list[ServerSentEvent], cursor: bytes, road: int
     ) -> None:
         standing = Standing(RUN, ACTIVE, len(texts))
         text = self._received(cursor, road) or ""
@@ -158,7 +161,7 @@ class World:
             return
         assert is_known, text
         assert found == number
-        events = read(rest_of(log, standing, number, text))
+        events = self._read_log(len(texts), partial(rest_of, standing, number, text))
         first = len(texts) - len(left) + 1
         if number + 1 < first:
             reset, *events = events

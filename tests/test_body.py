@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from flask_eventstream import MemoryBroker, endings
+from flask_eventstream import EventStreamParser, MemoryBroker, endings
 from flask_eventstream.body import Silence, SubscriptionBody, jittered
 from flask_eventstream.event import HEARTBEAT
 from flask_eventstream.places import Places
 from flask_eventstream.shutdown import Shutdown
+from flask_eventstream.subscription import FRAME_BYTES
 
 from .servers import wait_for
 
@@ -29,6 +30,7 @@ class Keeper:
     def __init__(self) -> None:
         self.shutdown = Shutdown()
         self.sent: list[bytes] = []
+        self.of_history: list[bytes] = []
         self.reasons: list[str] = []
 
     def connected(self, start: bytes) -> int:
@@ -36,6 +38,9 @@ class Keeper:
 
     def delivered(self, wire: bytes) -> None:
         self.sent.append(wire)
+
+    def replayed(self, wire: bytes) -> None:
+        self.of_history.append(wire)
 
     def closed(self, body: SubscriptionBody) -> None:
         self.reasons.append(body.reason)
@@ -59,6 +64,56 @@ def test_the_first_bytes_come_at_once_and_pending_events_together(broker: Memory
     assert next(stream) == b"first"
     wire = "".join(f"data: {n}\nid: {id}\n\n" for n, id in enumerate(ids))
     assert next(stream) == wire.encode()
+
+
+def test_first_bytes_that_are_many_come_in_two_items(broker: MemoryBroker) -> None:
+    # In more, each would be a copy of all that is left.
+    stream = body(broker, b"x" * 1_000_000)
+    assert [len(next(stream)), len(next(stream))] == [16 * 1024, 1_000_000 - 16 * 1024]
+    broker.publish("next")
+    assert b"data: next" in next(stream)
+
+
+def test_history_comes_frame_by_frame_and_is_counted_as_such(
+    broker: MemoryBroker, keeper: Keeper
+) -> None:
+    for n in range(50):
+        broker.publish(f"{n:10000}")
+    subscription = broker.subscribe(history=50)
+    stream = SubscriptionBody(subscription, subscription.start, 15, None, keeper)
+    broker.publish("new")
+    broker.disconnect("sse")
+    items = list(stream)
+    assert max(map(len, items)) < FRAME_BYTES + 11_000
+    got = [event.data.strip() for event in EventStreamParser().feed(b"".join(items))]
+    assert got == [*map(str, range(50)), "new"]
+    assert b"data: new" in b"".join(keeper.sent)
+    assert subscription.start + b"".join(keeper.of_history + keeper.sent) == b"".join(items)
+    assert keeper.reasons == [endings.ENDED]
+
+
+def test_a_body_in_the_middle_of_history_ends_when_the_server_stops(
+    broker: MemoryBroker, keeper: Keeper
+) -> None:
+    for n in range(50):
+        broker.publish(f"{n:10000}")
+    subscription = broker.subscribe(history=50)
+    stream = SubscriptionBody(subscription, b"first", 15, None, keeper)
+    assert [next(stream), len(next(stream)) > 10_000] == [b"first", True]
+    stream.stop()
+    assert re.fullmatch(rb"retry: \d{4}\n", b"".join(stream))
+    assert keeper.reasons == [endings.STOPPED]
+
+
+def test_a_body_whose_history_is_gone_ends_as_one_that_lags(keeper: Keeper) -> None:
+    broker = MemoryBroker(history=20, max_event_bytes=11_000)
+    for n in range(20):
+        broker.publish(f"{n:10000}")
+    stream = SubscriptionBody(broker.subscribe(history=20), b"", 15, None, keeper)
+    for n in range(60):
+        broker.publish(f"{n:10000}")
+    assert list(stream) == []
+    assert keeper.reasons == [endings.LAGGED]
 
 
 def test_silence_is_broken_by_heartbeats(broker: MemoryBroker) -> None:

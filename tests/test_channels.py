@@ -121,6 +121,21 @@ def test_an_ended_set_stays_until_its_last_has_left_and_nobody_joins_it() -> Non
     assert channels.subscriptions == 1
 
 
+def test_a_channel_that_is_finished_ends_those_who_come_later_too() -> None:
+    channels = books()
+    early = join(channels, "a")
+    channels.finish_channel("a", 10)
+    channels.finish_channel("a", 12)
+    channels.finish_channel("unknown", 12)
+    late = join(channels, "a")
+    assert (early.end, late.end) == (10, 10)
+    assert join(channels, "a") is not late
+    assert channels.sets() == []
+    for channel_set in (early, late):
+        channels.leave(channel_set, now=0)
+    assert channels.subscriptions == 1
+
+
 def test_a_set_of_other_books_is_not_on_these() -> None:
     parent, child = books(), books()
     inherited = join(parent, "a")

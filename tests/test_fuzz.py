@@ -17,8 +17,6 @@ from fuzz.shrinking import smallest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flask_eventstream.history import History
-
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_second_of_each_target_finds_nothing(
@@ -48,18 +46,17 @@ class CarelessEvent(ServerSentEvent):
 class GenerousBroker(MemoryBroker):
     """Sends who returns its last event once more."""
 
-    def _replay(self, kept: list[History], *others: Any) -> tuple[bytes, bool]:
-        start, resumed = super()._replay(kept, *others)
-        newest = kept[0].after(0)[-1:]
-        return (newest[0].wire if resumed and not start and newest else start), resumed
+    def _begin(self, *arguments: Any) -> tuple[bytes, int, bool]:
+        start, position, resumed = super()._begin(*arguments)
+        return start, position - resumed, resumed
 
 
 class SilentBroker(MemoryBroker):
     """Resumes who may have missed something, and does not tell it."""
 
-    def _replay(self, kept: list[History], *others: Any) -> tuple[bytes, bool]:
-        start, resumed = super()._replay(kept, *others)
-        return (b"", True) if b"event: reset" in start else (start, resumed)
+    def _begin(self, *arguments: Any) -> tuple[bytes, int, bool]:
+        start, position, resumed = super()._begin(*arguments)
+        return b"", position, resumed or b"event: reset" in start
 
 
 def believe(text: str, keys: Sequence[str]) -> Token:

@@ -23,7 +23,7 @@ from flask_eventstream.hijack import (
     HijackingBody,
     ServerSocket,
     closing,
-    probe,
+    prepare,
     server_socket,
 )
 from flask_eventstream.subscriber import framed
@@ -903,7 +903,7 @@ def test_an_apps_own_class_of_responses_is_no_obstacle(app: Flask) -> None:
 
 def test_the_kernel_looks_for_the_silent_client_of_a_server_that_is_known() -> None:
     with socket.socket() as client:
-        probe({"gunicorn.socket": client}, 15)
+        prepare({"gunicorn.socket": client}, 30, 15)
         assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     # Nothing can be done, and nothing fails.
-    probe({"wsgi.input": io.BytesIO()}, 15)
+    prepare({"wsgi.input": io.BytesIO()}, 30, 15)

@@ -16,8 +16,9 @@ import pytest
 
 from flask_eventstream import EventStreamParser, MemoryBroker, Subscription, endings
 from flask_eventstream.descriptors import IS_GONE
-from flask_eventstream.hub import FRAME_BYTES, SocketHub
+from flask_eventstream.hub import SocketHub
 from flask_eventstream.subscriber import Subscriber
+from flask_eventstream.subscription import FRAME_BYTES
 
 from .servers import DEADLINE, ROOT, wait_for
 
@@ -83,6 +84,7 @@ class Crowd:
                 head,
                 is_chunked,
                 time.monotonic() + lifetime,
+                subscription.replay,
             )
         )
         self.hub.add(self.subscribers[-1])
@@ -610,10 +612,11 @@ class Still:
         self.hub._watcher.open()
         self.clients: list[socket.socket] = []
 
-    def take_in(self, position: int) -> Subscriber:
+    def take_in(self, position: int, replay: Any = None) -> Subscriber:
         client, server = socket.socketpair()
         self.clients.append(client)
-        taken = Subscriber(server.detach(), self, self.source, position, b"", True, math.inf)
+        given = (position, b"", True, math.inf, replay)
+        taken = Subscriber(server.detach(), self, self.source, *given)
         self.hub._take_in(taken)
         return taken
 
@@ -643,6 +646,76 @@ def test_a_gap_without_events_is_no_chunk(still: Still) -> None:
     assert still.source.asked == [(9, None), (7, 9)]
     assert late.group is group
     assert set(group.live[True].values()) == set(still.hub._members.all.values())
+
+
+class Pages:
+    """What history has for a subscriber: some frames, of which each notes that it was read."""
+
+    def __init__(self, name: str, number: int, order: list[str]) -> None:
+        self.name, self.left, self.order = name, number, order
+
+    @property
+    def is_over(self) -> bool:
+        return not self.left
+
+    def read(self, max_bytes: int) -> bytes | None:
+        self.left -= 1
+        self.order.append(self.name)
+        return self.name.encode()
+
+
+def test_those_that_lag_take_turns_and_what_is_new_comes_first(
+    still: Still, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_eventstream.hub._CATCH_UP_SECONDS", 0)
+    order: list[str] = []
+    still.hub._now = time.monotonic()
+    still.take_in(0)
+    read = still.source.read
+
+    def read_news(*arguments: Any) -> Any:
+        order.append("new")
+        return read(*arguments)
+
+    still.source.read = read_news  # type: ignore[method-assign, assignment]
+    for name in "ab":
+        still.take_in(0, Pages(name, 3, order))
+    assert order == ["a", "b"]
+    while still.hub._members.ready:
+        still.hub._turn()
+    assert order == ["a", "b", "new", "a", "new", "b", "new", "a", "new", "b"]
+    assert not still.hub.lagging
+    chunks = b"".join(b"1\r\n%b\r\n" % name for name in [b"a"] * 3)
+    assert still.clients[1].recv(100) == chunks
+
+
+def test_history_that_is_gone_before_it_was_read_cuts_a_subscriber_off(still: Still) -> None:
+    gone = Pages("a", 3, [])
+    gone.read = lambda max_bytes: None  # type: ignore[method-assign]
+    still.take_in(0, gone)
+    still.hub._errands.start()
+    wait_for(lambda: still.reasons == [endings.LAGGED])
+
+
+def test_one_that_leaves_has_no_turn_any_more(still: Still) -> None:
+    subscriber = still.take_in(0, Pages("a", 9, []))
+    still.hub._finish(subscriber, endings.STOPPED, b"retry: 1\n")
+    assert not still.hub._members.ready
+    # It had all of a frame, so that there is a place for the end behind it.
+    assert still.clients[0].recv(100) == b"1\r\na\r\n9\r\nretry: 1\n\r\n0\r\n\r\n"
+
+
+def test_a_newcomer_gets_history_in_frames_and_then_what_is_new(crowd: Crowd) -> None:
+    for n in range(100):
+        crowd.broker.publish(f"{n:10000}")
+    subscription = crowd.broker.subscribe(history=100)
+    subscription.put_behind(b"data: behind\n\n")
+    client = crowd.join(subscription=subscription, head=subscription.start, is_chunked=True)
+    assert all(len(one.pending) < FRAME_BYTES + 11_000 for one in crowd.subscribers)
+    crowd.broker.publish("new")
+    received = read_until(client, b"data: new\n\n\r\n")
+    got = [one.strip() for one in data(re.sub(rb"\r\n[0-9a-f]+\r\n", b"", b"\r\n" + received))]
+    assert got == [*map(str, range(100)), "behind", "new"]
 
 
 def test_a_group_that_is_behind_its_newcomer_catches_up_first(still: Still) -> None:

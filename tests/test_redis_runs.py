@@ -205,6 +205,21 @@ def test_readers_of_a_run_whose_producer_dies_get_lost_when_the_lease_ends(
     wait_for(lambda: two.registry._watched == {})
 
 
+def test_who_reads_a_run_that_has_ended_elsewhere_gets_all_of_it_and_its_end(
+    start: Callable[..., Process],
+) -> None:
+    one, two = start(lease=LEASE), start(lease=LEASE)
+    one.begin("run")
+    for n, state in ((1, "active"), (2, "end")):
+        one.write("run", n, state)
+    # Whether it is known that it has ended, or not yet.
+    for is_over in (True, False):
+        reader = two.broker.subscribe_log("run", 2, is_over=is_over)
+        assert reader.start == b"".join(b"data: %d\nid: run.%d\n\n" % (n, n) for n in (1, 2))
+        assert reader.take(DEADLINE) is None
+        assert reader.is_at_end
+
+
 def test_a_run_without_readers_is_not_watched(start: Callable[..., Process]) -> None:
     one, two = start(lease=LEASE), start(lease=LEASE)
     one.begin("run")

@@ -13,9 +13,10 @@ import flask
 import pytest
 from flask import abort, current_app, g, got_request_exception, redirect, request
 
-from flask_eventstream import resumable
+from flask_eventstream import EventStreamParser, resumable
 from flask_eventstream.errors import BrokerUnavailableError, ConfigurationError
 from flask_eventstream.signals import subscriber_connected, subscriber_disconnected
+from flask_eventstream.subscription import FRAME_BYTES
 from flask_eventstream.testing import ClientStream, client_stream
 
 from .servers import DEADLINE, wait_for
@@ -154,6 +155,61 @@ def test_get_resumes_after_the_cursor_live_and_when_it_has_ended(
             assert data(live) == [*"abc"[seen:], "{}"]
         with site.open(headers=site.cursor(first, seen)) as late:
             assert data(late) == [*"abc"[seen:], "{}"]
+
+
+def test_a_run_that_has_ended_is_read_from_a_place_too(make_site: Callable[..., Site]) -> None:
+    site = make_site({"MAX_SUBSCRIBERS": 1})
+    assert "data: a" in site.ask("POST", json={"items": ["a"]}).text
+    with site.post("b", [], url="/stream/chat/2") as other:
+        assert other.next().data == "b"
+        refused = site.ask()
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+    wait_for(lambda: site.ask().status_code == 200)
+    assert "data: a" in site.ask().text
+
+
+def test_a_large_run_that_has_ended_is_read_in_frames(
+    make_site: Callable[..., Site], model: Model
+) -> None:
+    site = make_site()
+    items = [f"{n:10000}" for n in range(100)]
+    with site.post(*items) as stream:
+        assert [one.strip() for one in data(stream)][:-1] == [item.strip() for item in items]
+    for n in (0, 1, 57, 100):
+        response = site.client.get(site.url, headers=site.cursor(stream, n), buffered=False)
+        frames: list[Any] = list(response.response)
+        assert max(map(len, frames)) < FRAME_BYTES + 40_000
+        events = EventStreamParser().feed(b"".join(frames))
+        assert [event.data.strip() for event in events[:-1]] == [str(i) for i in range(n, 100)]
+        assert events[-1].type == "end"
+        response.close()
+
+
+def test_a_run_that_ends_while_a_client_is_on_its_way_ends_for_it(
+    site: Site, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = site.app.extensions["eventstream"].broker
+    subscribe = broker.subscribe_log
+
+    def subscribe_late(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        assert site.ask("DELETE").status_code == 204
+        return subscribe(*arguments)
+
+    with site.post("a", []) as stream:
+        assert stream.next().data == "a"
+        monkeypatch.setattr(broker, "subscribe_log", subscribe_late)
+        with site.open() as late:
+            assert types(late) == ["message", "cancelled"]
+        model.go_on()
+
+
+def test_of_a_run_that_has_ended_and_whose_log_is_gone_there_is_only_a_reset(site: Site) -> None:
+    run = site.ask("POST", json={"items": ["a"]}).headers["X-Run-Id"]
+    site.app.extensions["eventstream"].broker.forget_log(run)
+    with site.open() as stream:
+        assert types(stream) == ["reset"]
+    assert site.ask(headers={"Last-Event-ID": stream.last_event_id}).status_code == 204
 
 
 @pytest.mark.parametrize("name", ["lastEventId", "last_event_id"])

@@ -10,15 +10,17 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from flask_eventstream import concurrency
-from flask_eventstream.shutdown import Shutdown, farewell
+from flask_eventstream.shutdown import Shutdown, farewell, gunicorn_worker
 
 from .servers import DEADLINE, ROOT, Server, free_port, gunicorn, running, wait_for
 from .stress import Readers, request
+from .test_stress import publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -125,13 +127,73 @@ def test_a_client_that_reads_nothing_holds_up_no_worker(worker: str) -> None:
         assert all(map(FAREWELL.search, clients.ends(others)))
 
 
-def is_stuck(server: Server) -> bool:
+@pytest.mark.parametrize(
+    ("worker", "hijack"), [("gthread", False), ("gevent", False), ("gthread", True)]
+)
+def test_a_client_that_reads_nothing_of_history_holds_up_no_worker(
+    worker: str, hijack: bool
+) -> None:
+    with (
+        serving(worker, TIME_TO_END=0, EVENTSTREAM_HIJACK=hijack) as (server, _),
+        socket.socket() as stalled,
+    ):
+        publish(server, 200, 100_000)
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.connect(("127.0.0.1", server.port))
+        # A cursor that nobody has given it; and nothing else makes the server be looked at.
+        stalled.sendall(request("/stream?last_event_id=x"))
+        assert stalled.recv(1, socket.MSG_PEEK)
+        wait_for(lambda: is_stuck(server, 100_000))
+        stop(server)
+
+
+CHAINED = """
+import functools, os, signal
+from tests.apps import create_app
+
+def chained(before, *arguments):
+    return before(*arguments)
+
+def chain(kind):
+    before = signal.getsignal(kind)
+    if "partial" in os.environ["CHAINED"]:
+        signal.signal(kind, functools.partial(chained, before))
+    else:
+        signal.signal(kind, lambda *arguments: before(*arguments))
+
+app = create_app({"EVENTSTREAM_HIJACK": False, "EVENTSTREAM_HEARTBEAT": 3600})
+for name in os.environ["CHAINED"].split()[1:]:
+    chain(getattr(signal, name))
+"""
+
+
+@pytest.mark.parametrize("worker", ["gevent", "gthread", "sync"])
+@pytest.mark.parametrize("chained", ["partial SIGTERM", "function SIGTERM SIGINT SIGQUIT"])
+def test_an_app_may_chain_its_own_handlers_before_the_servers(
+    worker: str, chained: str, tmp_path: Path
+) -> None:
+    (tmp_path / "chained_app.py").write_text(CHAINED)
+    port = free_port()
+    options = *OPTIONS[worker], "--graceful-timeout", "3600"
+    command = gunicorn("chained_app:app", worker, *options, port=port)
+    environ = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "CHAINED": chained}
+    with running(command, port, environ) as server:
+        clients = Readers(port)
+        try:
+            streams = clients.connect("/stream", 1 if worker == "sync" else 5)
+            stop(server)
+            assert all(map(FAREWELL.search, clients.ends(streams)))
+        finally:
+            clients.close()
+
+
+def is_stuck(server: Server, least: int = 200_000) -> bool:
     """Tell whether something that was to be sent to a client stays where it is."""
     listed = subprocess.run(["cat", "/proc/net/tcp"], capture_output=True, text=True, check=True)
     sender = f":{server.port:04X} "
     rows = [row.split() for row in listed.stdout.splitlines()[1:] if sender in row.split("rem")[0]]
     queues = [int(row[4].partition(":")[0], 16) for row in rows if row[1].endswith(sender.strip())]
-    return any(size > 200_000 for size in queues)
+    return any(size > least for size in queues)
 
 
 PYWSGI = f"""
@@ -327,6 +389,23 @@ def test_a_worker_is_watched_as_long_as_there_are_streams(monkeypatch: pytest.Mo
     worker.alive = False
     wait_for(lambda: part.stops)
     wait_for(lambda: not shutdown._is_watched)
+
+
+def test_a_connection_that_may_be_cut_is_a_reason_to_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker()
+    monkeypatch.setattr(signal, "getsignal", lambda kind: worker.handle_exit)
+    shutdown = Shutdown()
+    on_sent = shutdown.cut_late(lambda: None)
+    assert shutdown._is_watched
+    on_sent()
+    wait_for(lambda: not shutdown._is_watched)
+
+
+def test_a_handler_of_the_apps_own_hides_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, app = Worker(), Worker()
+    of_app = {signal.SIGTERM: app.handle_exit, signal.SIGINT: partial(worker.handle_exit)}
+    monkeypatch.setattr(signal, "getsignal", lambda kind: of_app.get(kind, worker.handle_exit))
+    assert gunicorn_worker() is worker
 
 
 def test_a_stream_begins_though_there_is_no_thread_to_watch_its_worker(
