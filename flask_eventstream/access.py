@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from uuid import UUID
 
 from flask import abort, current_app, request
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import ServiceUnavailable, TooManyRequests, Unauthorized
+from werkzeug.local import LocalProxy
 
 from .broker import DEFAULT_CHANNEL, channel_names
-from .errors import ConfigurationError, InvalidFieldError
+from .errors import ConfigurationError, InvalidFieldError, RightsError
 from .places import NoPlaceError
 from .tokens import PREFIX, Token, TokenError, verified
 
@@ -26,6 +29,11 @@ RETRY_AFTER = 5
 
 _RESERVED_DESCRIPTORS = 100
 _TOKEN_KEY = "eventstream.token"
+_VERDICT = "return True or False, from an async function too"
+_KEY = (
+    "a key is a str that is not empty, an int or a UUID, such as current_user.get_id(), and None "
+    "stands for nobody"
+)
 
 
 class Authority(Protocol):
@@ -59,18 +67,57 @@ def check_may_read(channels: Iterable[str], judges: list[Callable[[str], bool]])
     :param judges: the app's own functions, all of which must allow it; without any, only the
         default channel is open.
     :raises Forbidden: 403, in words. What a judge raises is passed on.
+    :raises RightsError: if a judge returns anything but a ``bool``.
     """
     for channel in channels:
         is_open = bool(judges) or channel == DEFAULT_CHANNEL
-        if not (is_open and all(may_read(channel) for may_read in judges)):
+        if not (is_open and all(_verdict(may_read(channel)) for may_read in judges)):
             abort(403, f"Reading the channel {channel!r} is not allowed.")
+
+
+def _verdict(answer: bool) -> bool:
+    # Most of what is no answer is true: a response that refuses, a coroutine.
+    if type(answer) is not bool:
+        raise _no_answer("what the function given to authorize() returned", answer, _VERDICT)
+    return answer
+
+
+def _no_answer(what: str, value: object, advice: str) -> RightsError:
+    if inspect.iscoroutine(value):
+        # Or Python warns, at some later time, that it was never awaited.
+        value.close()
+    return RightsError(what, value, advice)
 
 
 def judge_of(authority: Any) -> Callable[[str], bool]:
     """Return the function of an authority, which is one itself or has a ``may_read``."""
     judge: Callable[[str], bool] = getattr(authority, "may_read", authority)
-    # Without, a coroutine would be true, and open everything.
     return current_app.ensure_sync(judge)
+
+
+def key_of(what: str, value: Any) -> str | None:
+    """Return the text of a key that the app gives for a user, an owner or a member.
+
+    The text of any other object has its address in it, as a rule, which is another one in the next
+    request, and somebody else's later.
+
+    :param what: where the key comes from, as the beginning of a sentence.
+    :param value: a ``str``, an ``int``, a :class:`uuid.UUID`, or ``None``; or a proxy of one.
+    :returns: its text; ``None`` for nobody.
+    :raises RightsError: if it is anything else, or an empty ``str``.
+    """
+    while isinstance(value, LocalProxy):
+        value = value._get_current_object()
+    if value is None:
+        return None
+    if isinstance(value, UUID):
+        return str(value)
+    # A subclass may have another text, an enumeration for one.
+    if isinstance(value, str) and value:
+        return str.__str__(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int.__repr__(value)
+    raise _no_answer(what, value, _KEY)
 
 
 def signing_keys() -> list[str | bytes]:

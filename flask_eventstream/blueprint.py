@@ -22,6 +22,7 @@ from .state import app_in_use, current_state, new_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from uuid import UUID
 
     from flask import Response
     from flask.blueprints import BlueprintSetupState
@@ -120,7 +121,7 @@ class EventStream(Rights):
         history: int = 0,
         snapshot: Callable[[], Any] | None = None,
         presence: bool = False,
-        member: str | None = None,
+        member: str | int | UUID | None = None,
     ) -> EventStreamResponse:
         """Return a response that streams channels; to be returned by a view.
 
@@ -138,7 +139,8 @@ class EventStream(Rights):
             random one, which begins with ``anonymous-``, for this one connection.
         :raises InvalidFieldError: if a channel's name is not valid, or the snapshot cannot be sent,
             or a member's name is not as a channel's may be.
-        :raises TypeError: if there is a ``member`` without ``presence``.
+        :raises TypeError: if there is a ``member`` without ``presence``; a :class:`RightsError` if
+            the member is an object that is no name.
         :raises TooLargeError: if there are more channels than ``EVENTSTREAM_MAX_CHANNELS``, or the
             snapshot is larger than ``EVENTSTREAM_MAX_EVENT_BYTES``.
         :raises ServiceUnavailable: 503, if the process has ``EVENTSTREAM_MAX_SUBSCRIBERS``.
@@ -151,10 +153,12 @@ class EventStream(Rights):
         if member is not None and not presence:
             raise TypeError("subscribe() got a member, which needs presence=True")
         names = allowed_names(channels)
+        # What is wrong with an empty name is told as of all names.
+        name = "" if member == "" else access.key_of("the member", member)
         if request.method == "HEAD":
             return EventStreamResponse(())
         state = current_state()
-        return subscribed(state, self._user, names, history, snapshot, presence, member)
+        return subscribed(state, self._user, names, history, snapshot, presence, name)
 
     def stream(
         self,
@@ -207,9 +211,10 @@ class EventStream(Rights):
 
         :param rule: the URL rule below the blueprint's prefix. Each URL has a run of its own, and
             the next one only once that has ended.
-        :param owner: called in every request; returns whose the run is, such as the user's id. A
-            URL then has a run for each owner. It may raise an HTTP error; ``None`` is 404. Without
-            it, whoever may call the view's URL may read its run.
+        :param owner: called in every request; returns whose the run is, such as the user's id: a
+            ``str``, an ``int`` or a :class:`uuid.UUID`. A URL then has a run for each owner. It may
+            raise an HTTP error; ``None`` is 404, and anything else a :class:`RightsError`, which is
+            a 500. Without it, whoever may call the view's URL may read its run.
         :param on_busy: what a ``POST`` does while a run is active: ``"attach"`` to it, ``"reject"``
             with 409, or ``"replace"`` it, which cancels it.
         :param heartbeat: how long a ``POST`` waits for the first item before the head of its

@@ -55,6 +55,22 @@ class ConfigurationError(EventStreamError, ValueError):
         self.reason = reason
 
 
+class RightsError(EventStreamError, TypeError):
+    """Something that an app says of rights decides nothing, so nothing is opened.
+
+    :param what: what the app says: what a function returned, or an argument.
+    :param value: the refused value. Only its class is shown, since it may be anything.
+    :param advice: what to say instead, as the end of a sentence.
+    """
+
+    def __init__(self, what: str, value: object, advice: str) -> None:
+        is_plain = value is None or value == ""
+        kind = repr(value) if is_plain else f"of the class {type(value).__qualname__}"
+        super().__init__(f"{what} is {kind}; {advice}")
+        self.field = what
+        self.value = value
+
+
 class NotRegisteredError(EventStreamError, RuntimeError):
     """The current app has no event stream blueprint."""
 

@@ -204,10 +204,8 @@ class ServerSentEventsBlueprint(Rights):
         return subscribed(state, self._user, names, 0, None, follow=follow)
 
     def _check_may_read(self, names: tuple[str, ...]) -> None:
-        state: State | None = current_app.extensions.get("eventstream")
-        blueprints = [self] if state is None else state.blueprints
-        judges = [] if self._authority is state is None else self._judges()
-        if judges or not all(one.is_open for one in blueprints):
+        judges = self._judges()
+        if judges or not all(one.is_open for one in self._blueprints(app_in_use())):
             access.check_may_read(names, judges)
 
     def _plain_stream(self, channel: str) -> Response:

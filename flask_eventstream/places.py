@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""What IPv4 addresses are mapped to on their way to a server that has IPv6 alone (RFC 6052)."""
+
+
 class Body(Protocol):
     """What a place is taken for."""
 
@@ -236,14 +240,25 @@ class Place:
 def network_of(address: str) -> str:
     """Return what counts as one client: an IPv4 address, or the /64 of an IPv6 address.
 
-    One host can have all the addresses of a /64. What is no address counts as it is.
+    One host can have all the addresses of a /64. Some proxies write a port behind the address,
+    which is another one for each connection. All that is no address counts as one client.
+
+    :param address: what the server or a proxy says, such as ``[2001:db8::1]:443``.
     """
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return address
+    text = address.strip(' \t"').removeprefix("[").partition("]")[0]
+    ip = _ip(text) or _ip(text.rpartition(":")[0])
+    if ip is None:
+        return ""
     if ip.version == 4:
         return str(ip)
-    if ip.ipv4_mapped is not None:
-        return str(ip.ipv4_mapped)
-    return str(ipaddress.IPv6Address(int(ip) >> 64 << 64))
+    embedded = ip.ipv4_mapped or ip.sixtofour
+    if ip in _NAT64:
+        embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return str(embedded or ipaddress.IPv6Address(int(ip) >> 64 << 64))
+
+
+def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None

@@ -125,11 +125,17 @@ class Resumable:
         return self._attached(state, key, None)
 
     def _key(self) -> tuple[str, str]:
-        owner = "" if self._owner is None else current_app.ensure_sync(self._owner)()
+        owner = self._owner_key()
         if owner is None:
             abort(404)
         # Where an app serves several hosts, each has its own users.
-        return new_key(f"{request.host}{request.root_path}{request.path}", str(owner)), str(owner)
+        return new_key(f"{request.host}{request.root_path}{request.path}", owner), owner
+
+    def _owner_key(self) -> str | None:
+        if self._owner is None:
+            return ""
+        answer = current_app.ensure_sync(self._owner)()
+        return access.key_of("what the function given as owner= returned", answer)
 
     def _busy_before_body(self, state: State, key: str) -> Standing | None:
         """Return how the run stands that a request only attaches to, if it has a large body."""

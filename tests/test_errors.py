@@ -23,6 +23,11 @@ from flask_eventstream import errors
             {"field": "KEY", "value": 0},
             "KEY=0 must be more",
         ),
+        (
+            errors.RightsError("what it returned", [], "return True"),
+            {"field": "what it returned", "value": []},
+            "what it returned is of the class list; return True",
+        ),
         (errors.NotRegisteredError("shop"), {"value": "shop"}, "'shop' has no event stream"),
         (errors.BrokerClosedError(), {}, "the broker is closed"),
     ],

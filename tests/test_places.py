@@ -12,6 +12,11 @@ import pytest
 from flask_eventstream.places import NoPlaceError, Place, Places, network_of
 
 THREADS = 32
+NO_ADDRESSES = (
+    "unknown", "unix:", "_hidden", "_hidden:1", "x", "x:1", "999.1.1.1", "1.2.3.4.5:80", "::1::2",
+    "203.0.113.9, 192.0.2.1", "203.000.113.009", "１.２.３.４", "[", "[]:80", ":", ":80", '"',
+    "%eth0", "203.0.113.9%eth0", "2001:db8::/64", "\0", "a" * 10_000,
+)  # fmt: skip
 
 
 class Body:
@@ -164,6 +169,23 @@ def together(act: Any) -> None:
         ("fe80::1%eth0", "fe80::2", True),
         ("", "", True),
         ("unix:", "192.0.2.1", False),
+        # As some proxies write it, and clients that are believed.
+        ("203.0.113.9:50000", "203.0.113.9:50001", True),
+        ("203.0.113.9:50000", "203.0.113.9", True),
+        ("203.0.113.9:50000", "203.0.113.8:50000", False),
+        ("[2001:db8::1]:443", "2001:DB8::FFFF", True),
+        ("[2001:db8::1]", '"[2001:db8::2]:80"', True),
+        ("[2001:db8::1]:443", "[2001:db8:0:1::1]:443", False),
+        ("2001:db8:0:0:1:2:3:4:443", "2001:db8::1", True),
+        ("[::ffff:203.0.113.9]:50000", " 203.0.113.9 ", True),
+        ("::ffff:203.0.113.9%eth0", "203.0.113.9", True),
+        ("[fe80::1%eth0]:443", "fe80::1%eth1", True),
+        ("2002:cb00:7109:1::1", "2002:cb00:7109:2::1", True),
+        ("2002:cb00:7109::1", "203.0.113.9", True),
+        ("64:ff9b::203.0.113.9", "203.0.113.9", True),
+        ("64:ff9b::203.0.113.9", "64:ff9b::203.0.113.8", False),
+        # All that is no address is one client.
+        *((garbage, "", True) for garbage in NO_ADDRESSES),
     ],
 )
 def test_one_host_counts_once_whatever_addresses_it_has(

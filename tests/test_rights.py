@@ -1,24 +1,36 @@
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import threading
 import time
+from enum import Enum, IntEnum
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import pytest
-from flask import Flask, abort, request
+from flask import Flask, abort, redirect, request
+from markupsafe import Markup
+from werkzeug.local import LocalProxy
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from flask_eventstream import EventStream
-from flask_eventstream.errors import ConfigurationError, InvalidFieldError, TooLargeError
+from flask_eventstream.errors import (
+    ConfigurationError,
+    InvalidFieldError,
+    RightsError,
+    TooLargeError,
+)
 from flask_eventstream.testing import client_stream
 from flask_eventstream.tokens import PREFIX
 
 from .test_roads import Site
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from werkzeug.test import TestResponse
 
@@ -49,6 +61,12 @@ def channels_of(app: Flask, query: str = "", bearer: str | None = None) -> tuple
     headers = {} if bearer is None else {"Authorization": f"Bearer {bearer}"}
     with client_stream(app.test_client(), f"/stream{query}", headers=headers) as stream:
         return stream._bodies[0].subscription.channels
+
+
+def user_of(stream: Any) -> str | None:
+    """Return whose place a stream has."""
+    user: str | None = stream._bodies[0]._place.user
+    return user
 
 
 def assert_is_401(answer: TestResponse, why: str) -> None:
@@ -108,13 +126,258 @@ def test_an_object_may_decide(make_app: MakeApp, eventstream: EventStream) -> No
         client_stream(app.test_client(), "/stream?channel=open").close()
 
 
-def test_a_coroutine_is_no_right(app: Flask, eventstream: EventStream) -> None:
-    @eventstream.authorize  # type: ignore[type-var]
-    async def may_read(channel: str) -> bool:
-        return False
+async def true(channel: str = "") -> bool:
+    return True
 
-    # Flask runs it with asgiref, or says that it needs that.
-    assert get(app).status_code in (403, 500)
+
+async def false(channel: str) -> bool:
+    return False
+
+
+async def nothing(channel: str) -> None:
+    pass
+
+
+async def many(channel: str) -> AsyncIterator[bool]:
+    yield True
+
+
+class AsyncPolicy:
+    async def may_read(self, channel: str) -> bool:
+        return channel == "open"
+
+
+class AsyncCallable:
+    async def __call__(self, channel: str) -> bool:
+        return True
+
+
+class OnlyTrue:
+    """As numpy's and SQLAlchemy's: true, and no ``bool``."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+NO_ANSWERS: list[tuple[Any, str]] = [
+    (lambda channel: None, "None"),
+    (lambda channel: 1, "int"),
+    (lambda channel: "no", "str"),
+    (lambda channel: "", "''"),
+    (lambda channel: ("Forbidden", 403), "tuple"),
+    (lambda channel: redirect("/login"), "Response"),
+    (lambda channel: abort, "function"),
+    (lambda channel: OnlyTrue(), "OnlyTrue"),
+    (lambda channel: LocalProxy(lambda: True), "LocalProxy"),
+    (lambda channel: [False], "list"),
+    (lambda channel: 0, "int"),
+    (lambda channel: true(channel), "coroutine"),
+    (lambda channel: false(channel), "coroutine"),
+    (lambda channel: (True for _ in "x"), "generator"),
+    (partial(lambda text, channel: text, "x"), "str"),
+    (AsyncCallable(), "coroutine"),
+    (many, "async_generator"),
+    (nothing, "None"),
+    (SimpleNamespace(may_read=lambda channel: "yes"), "str"),
+    (SimpleNamespace(may_read=AsyncCallable()), "coroutine"),
+]
+
+
+@pytest.mark.parametrize(("judge", "kind"), NO_ANSWERS)
+@pytest.mark.parametrize("channel", ["sse", "news"])
+def test_what_is_no_bool_opens_nothing_and_is_an_error_in_the_log(
+    app: Flask,
+    eventstream: EventStream,
+    caplog: pytest.LogCaptureFixture,
+    judge: Any,
+    kind: str,
+    channel: str,
+) -> None:
+    eventstream.authorize(judge)
+    with app.app_context():
+        eventstream.publish("missed", channel=channel)
+    answer = get(app, f"?channel={channel}", **{"Last-Event-ID": "made-up"})
+    assert answer.status_code == 500
+    assert "missed" not in answer.text
+    assert "what the function given to authorize() returned is " in caplog.text
+    assert f" {kind}; return True or False" in caplog.text
+    assert app.extensions["eventstream"].places.taken == 0
+    # What was dropped would warn now, and warnings are errors.
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("judge", "status"),
+    [
+        (true, 200),
+        (false, 403),
+        (partial(true), 200),
+        (AsyncPolicy(), 200),
+        (LocalProxy(AsyncPolicy), 200),
+        (lambda channel: channel == "open", 200),
+    ],
+)
+def test_async_functions_answer_as_any(
+    app: Flask, eventstream: EventStream, judge: Any, status: int
+) -> None:
+    eventstream.authorize(judge)
+    assert app.test_client().head("/stream?channel=open").status_code == status
+    if judge is not true:
+        assert isinstance(judge, partial) or get(app, "?channel=shut").status_code == 403
+
+
+@pytest.mark.parametrize("wrong", [None, "news", True, ["news"], object()])
+def test_what_cannot_be_asked_is_refused_at_once(eventstream: EventStream, wrong: Any) -> None:
+    with pytest.raises(TypeError, match="is no function"):
+        eventstream.authorize(wrong)
+    with pytest.raises(TypeError, match="is no function"):
+        eventstream.identify(wrong)
+
+
+# --- Whose a request is
+
+
+class User:
+    """What apps have as their user, by any name."""
+
+    def get_id(self) -> str:
+        return "7"
+
+
+class Number(IntEnum):
+    SEVEN = 7
+
+
+class Name(str, Enum):
+    SEVEN = "7"
+
+
+KEYS: list[tuple[Any, str]] = [
+    ("7", "7"),
+    (7, "7"),
+    (0, "0"),
+    (UUID(int=7), "00000000-0000-0000-0000-000000000007"),
+    (LocalProxy(lambda: "7"), "7"),
+    (LocalProxy(lambda: 7), "7"),
+    (LocalProxy(lambda: LocalProxy(lambda: 7)), "7"),
+    (Number.SEVEN, "7"),
+    (Name.SEVEN, "7"),
+    (Markup("7"), "7"),
+]
+
+NO_KEYS: list[tuple[Any, str]] = [
+    (User(), "of the class User"),
+    (LocalProxy(User), "of the class User"),
+    (User, "of the class type"),
+    (User().get_id, "of the class method"),
+    (True, "of the class bool"),
+    (LocalProxy(lambda: True), "of the class bool"),
+    ("", "''"),
+    (LocalProxy(lambda: ""), "''"),
+    (7.0, "of the class float"),
+    (b"7", "of the class bytes"),
+    (("a", 7), "of the class tuple"),
+    ({"id": 7}, "of the class dict"),
+]
+
+
+@pytest.mark.parametrize(("key", "text"), KEYS)
+def test_a_key_counts_by_its_text(
+    make_app: MakeApp, eventstream: EventStream, key: Any, text: str
+) -> None:
+    eventstream.identify(lambda: key)
+
+    @eventstream.resumable("/run", owner=lambda: key)
+    def run() -> Iterator[str]:
+        yield "x"
+
+    app = make_app()
+    app.secret_key = "secret"
+    app.add_url_rule("/room", view_func=lambda: eventstream.subscribe(presence=True, member=key))
+    client = app.test_client()
+    with client_stream(client, "/room") as stream, app.app_context():
+        assert type(user_of(stream)) is str
+        assert user_of(stream) == text
+        assert eventstream.present() == [text]
+        assert type(eventstream.present()[0]) is str
+        eventstream.revoke(key)
+        # The stream has ended.
+        assert {event.type for event in stream} <= {"join", "present"}
+        wire = eventstream.token(user=key)
+    with app.test_request_context(headers={"Authorization": f"Bearer {wire}"}):
+        assert eventstream.current_token().user == text
+    assert client.post("/stream/run").status_code == 200
+
+
+@pytest.mark.parametrize(("key", "described"), NO_KEYS)
+def test_an_object_that_is_no_key_is_an_error_that_says_what_to_return(
+    make_app: MakeApp, eventstream: EventStream, key: Any, described: str
+) -> None:
+    eventstream.identify(lambda: key)
+
+    @eventstream.resumable("/run", owner=lambda: key)
+    def run() -> Iterator[str]:
+        yield "x"
+
+    app = make_app(MAX_SUBSCRIBERS_PER_USER=1)
+    app.config["TESTING"] = True
+    app.secret_key = "secret"
+    app.add_url_rule("/room", view_func=lambda: eventstream.subscribe(presence=True, member=key))
+    client = app.test_client()
+    refused = f"is {re.escape(described)}; .* such as current_user.get_id\\(\\), and None stands"
+    for method, path in (("GET", "/stream"), ("POST", "/stream/run"), ("GET", "/stream/run")):
+        with pytest.raises(RightsError, match=refused):
+            client.open(path, method=method)
+    with pytest.raises((RightsError, InvalidFieldError)):
+        client.get("/room")
+    with app.app_context():
+        for call in (eventstream.revoke, lambda key: eventstream.token(user=key)):
+            with pytest.raises(RightsError, match=refused):
+                call(key)
+    state = app.extensions["eventstream"]
+    assert (state.places.taken, state.runs.active) == (0, 0)
+
+
+def test_a_coroutine_is_no_key(app: Flask, eventstream: EventStream) -> None:
+    eventstream.identify(lambda: true())
+    assert get(app).status_code == 500
+    with app.app_context(), pytest.raises(RightsError, match="of the class coroutine"):
+        eventstream.token(user=true())  # type: ignore[arg-type]
+    gc.collect()
+
+
+def test_an_async_function_may_tell_whose_a_request_is(
+    app: Flask, eventstream: EventStream
+) -> None:
+    async def user() -> str:
+        return "me"
+
+    eventstream.identify(user)
+    with client_stream(app.test_client(), "/stream") as stream:
+        assert user_of(stream) == "me"
+
+
+def test_nobody_is_none(make_app: MakeApp, eventstream: EventStream) -> None:
+    @eventstream.resumable("/run", owner=lambda: LocalProxy(lambda: None))
+    def run() -> Iterator[str]:
+        yield "x"
+
+    eventstream.identify(lambda: LocalProxy(lambda: None))
+    app = make_app()
+    client = app.test_client()
+    with client_stream(client, "/stream") as stream:
+        assert user_of(stream) is None
+    assert client.post("/stream/run").status_code == 404
+    with app.app_context(), pytest.raises(RightsError, match="revoked is None; name the one"):
+        eventstream.revoke(None)  # type: ignore[arg-type]
+
+
+def test_the_user_of_an_authority_is_a_key_too(
+    make_app: MakeApp, eventstream: EventStream, caplog: pytest.LogCaptureFixture
+) -> None:
+    eventstream.authorize(SimpleNamespace(may_read=lambda channel: True, user=lambda: User()))
+    assert get(make_app()).status_code == 500
+    assert "(identify) is of the class User; " in caplog.text
 
 
 def test_a_user_has_as_many_streams_as_the_limit_says(
