@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigurationError
@@ -11,6 +12,16 @@ from .members import PRESENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+
+_CREDENTIALS = r"(?:[^/?#\ud800-\udfff]*@)?"
+_SERVER = r"(?:(?:[\w.-]+|\[[\w:.%]+\])(?::[0-9]{1,5})?)?(?:/[0-9]*/?)?"
+_PATH = r"/[^?#@\ud800-\udfff]*"
+_URL = re.compile(
+    rf"(?:(memory://)|(rediss?://){_CREDENTIALS}({_SERVER})|(unix://){_CREDENTIALS}({_PATH}))"
+    r"(?:\?[^#@\ud800-\udfff]*)?"
+)
+_SCHEME = re.compile(r"(?:memory|rediss?|unix):/{0,2}", re.IGNORECASE)
 
 
 def _whole(least: int) -> Callable[[Any], str | None]:
@@ -116,7 +127,8 @@ class Config:
     :param presence_seconds: for how long a member without connections stays present, in seconds.
     """
 
-    broker_url: str = "memory://"
+    # Not in what it is shown as, since it may have a password in it.
+    broker_url: str = field(default="memory://", repr=False)
     history: int = 256
     history_seconds: float = 300
     heartbeat: float = 15
@@ -147,12 +159,12 @@ class Config:
         :raises ConfigurationError: if a value cannot be used; it names the key.
         """
         given = {}
-        for field in fields(cls):
-            key = f"EVENTSTREAM_{field.name.upper()}"
-            value = config.get(key, field.default)
-            if value is not None or field.default is not None:
-                _check(key, value, _CHECKS[field.name])
-            given[field.name] = value
+        for one in fields(cls):
+            key = f"EVENTSTREAM_{one.name.upper()}"
+            value = config.get(key, one.default)
+            if value is not None or one.default is not None:
+                _check(key, value, _CHECKS[one.name])
+            given[one.name] = value
         return cls(**given)
 
 
@@ -161,13 +173,30 @@ def check_seconds(name: str, value: Any) -> None:
     _check(name, value, _seconds)
 
 
+def is_well_formed(url: str) -> bool:
+    """Tell whether a broker's URL is one in every detail.
+
+    In one that is not, what stands for a host, a port, a path or a query may be of the password,
+    where that has a ``/``, ``?``, ``#`` or ``@`` that is not percent-encoded.
+    """
+    return _URL.fullmatch(url) is not None
+
+
 def without_secrets(url: str) -> str:
-    """Return a URL without its user, password and query, as errors and logs may show it."""
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}{rest.partition('?')[0].rpartition('@')[2]}"
+    """Return what errors, logs and reports may show of a broker's URL.
+
+    :param url: the URL.
+    :returns: it without user, password and query; if it is not well formed, its scheme alone.
+    """
+    found = _URL.fullmatch(url)
+    if found is not None:
+        return "".join(filter(None, found.groups()))
+    scheme = _SCHEME.match(url)
+    return f"{scheme[0] if scheme else ''}…"
 
 
 def _check(key: str, value: Any, check: Callable[[Any], str | None]) -> None:
     reason = check(value)
     if reason is not None:
-        raise ConfigurationError(key, value, reason)
+        # A URL of another class has a password all the same.
+        raise ConfigurationError(key, type(value) if check is _url else value, reason)

@@ -28,7 +28,7 @@ from .errors import ConfigurationError, InvalidFieldError
 from .event import ServerSentEvent
 from .flask_sse_bridge import Bridge
 from .opening import subscribed
-from .redis_link import LOST, StrictRedis
+from .redis_link import LOST, StrictRedis, made_of
 from .refusals import refuses_what_is_sent
 from .response import EventStreamResponse
 from .rights import Rights
@@ -125,8 +125,9 @@ class ServerSentEventsBlueprint(Rights):
         """A new :class:`redis.StrictRedis` for the Redis server of the current app.
 
         :raises KeyError: if the configuration names none.
+        :raises ConfigurationError: if its URL cannot be used.
         """
-        return StrictRedis.from_url(_needed_url(app_in_use()))
+        return made_of(_needed_url(app_in_use()), StrictRedis.from_url)
 
     @refuses_what_is_sent
     def publish(

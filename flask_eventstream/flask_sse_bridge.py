@@ -33,7 +33,7 @@ from .errors import BrokerUnavailableError, EventStreamError, InvalidFieldError
 from .flask_sse_scripts import COPY, TAKE
 from .local_broker import MINTED_HINT
 from .redis_feeds import LEAST_KEPT, MARGIN_SECONDS
-from .redis_link import LOST, MintedIdError, RedisLink
+from .redis_link import LOST, MintedIdError, RedisLink, told
 from .redis_scripts import Keys, Script
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Bridge:
                 self._hear_on(self._link.listen())
             except (*LOST, BrokerUnavailableError) as error:
                 if not self._has_failed:
-                    _logger.warning(_LOST_MEANWHILE, error)
+                    _logger.warning(_LOST_MEANWHILE, told(error))
             except Exception:
                 # Whatever it is: what comes next has to be heard nevertheless.
                 _logger.exception("Flask-SSE could not be heard, and is tried again")

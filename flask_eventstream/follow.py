@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
@@ -244,15 +245,15 @@ def shown(text: str) -> str:
 
 def _split(url: str) -> SplitResult:
     hint = "use http://host/path or https://host/path, and --header for a user and a password"
-    try:
+    with suppress(ValueError):
         parts = urlsplit(url)
-        is_fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         str(parts.hostname).encode("idna")
-    except ValueError as error:
-        raise StreamError(f"{url} cannot be used ({error}); {hint}") from error
-    if not is_fine or "@" in parts.netloc:
-        raise StreamError(f"{url.rpartition('@')[2]} cannot be used; {hint}")
-    return parts
+        is_fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        if is_fine and "@" not in parts.netloc:
+            return parts
+    # What stands before an @ may be a password, whatever it was taken for.
+    name = "this URL" if "@" in url else url
+    raise StreamError(f"{name} cannot be used; {hint}")
 
 
 def _site(url: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from .config import without_secrets
+from .config import is_well_formed, without_secrets
 from .errors import BrokerUnavailableError, ConfigurationError
 from .redis_scripts import MINTED
 
@@ -32,6 +32,9 @@ DOUBT_SECONDS = 10
 
 _LONGEST_PAUSE = 0.2
 _MOST_LEFT_OUT = 1000
+_ECHO = ", with args beginning with"
+"""What follows in an answer of Redis is of the command that it does not know, AUTH for one."""
+
 _NO_CALL = (None, "", 0.0)
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +43,35 @@ StrictRedis: Any = redis.StrictRedis
 
 LOST = (redis.RedisError, OSError)
 """What a connection raises that is lost, that could not be made, or that is refused something."""
+
+
+_FORM = (
+    "cannot be used: it is not of the form redis://user:key@host:port/0 or unix:///path; write / "
+    "as %2F, ? as %3F, # as %23 and @ as %40 in what comes before the host, and in the query"
+)
+
+
+def made_of(url: str, make: Callable[[str], T]) -> T:
+    """Return what a function of redis-py makes of a URL.
+
+    :param url: the URL.
+    :param make: the function.
+    :raises ConfigurationError: if it cannot be used. It does not tell what it must not, and has no
+        cause, whose text could.
+    """
+    reason = _FORM
+    if is_well_formed(url):
+        try:
+            return make(url)
+        except (TypeError, ValueError, redis.RedisError) as error:
+            kind = type(error).__name__
+            reason = f"cannot be used: redis-py refuses its port or an option in its query ({kind})"
+    raise ConfigurationError("url", without_secrets(url), reason)
+
+
+def told(error: BaseException) -> str:
+    """Return what may be shown of an error of redis-py's."""
+    return str(error).partition(_ECHO)[0]
 
 
 class MintedIdError(Exception):
@@ -101,14 +133,8 @@ class RedisLink:
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
         }
-        try:
-            self._pool: Any = redis.BlockingConnectionPool.from_url(
-                url, max_connections=max_connections, timeout=self.patience, **options
-            )
-        except ValueError as error:
-            raise ConfigurationError(
-                "url", without_secrets(url), f"cannot be used: {error}"
-            ) from error
+        options.update(max_connections=max_connections, timeout=self.patience)
+        self._pool: Any = made_of(url, lambda url: _pool_of(url, options))
         self.address = without_secrets(url)
         self.database = int(self._pool.connection_kwargs.get("db") or 0)
         self._redis: Any = redis.Redis(connection_pool=self._pool)
@@ -246,7 +272,7 @@ class RedisLink:
             try:
                 return act(pause > 0)
             except (redis.AuthenticationError, redis.ResponseError) as error:
-                raise self._refusal(error) from error
+                raise self._refusal(error) from (None if _ECHO in str(error) else error)
             except (redis.ConnectionError, redis.TimeoutError, OSError, ValueError) as error:
                 # A ValueError is what a socket raises that close() has closed meanwhile.
                 pause = min(_LONGEST_PAUSE, pause * 2 or 0.01)
@@ -259,7 +285,7 @@ class RedisLink:
         code, _, id = str(error).partition(" ")
         if code == MINTED:
             return MintedIdError(id)
-        return BrokerUnavailableError(self.address, f"refused: {error}", is_refusal=True)
+        return BrokerUnavailableError(self.address, f"refused: {told(error)}", is_refusal=True)
 
     def listen(self) -> Listener:
         """Return a connection of its own for messages, not connected yet."""
@@ -268,6 +294,13 @@ class RedisLink:
     def close(self) -> None:
         """Close the connections of the pool."""
         self._pool.disconnect()
+
+
+def _pool_of(url: str, options: dict[str, Any]) -> Any:
+    pool: Any = redis.BlockingConnectionPool.from_url(url, **options)
+    # What redis-py does not know it refuses only here.
+    pool.connection_class(**pool.connection_kwargs)
+    return pool
 
 
 class Listener:

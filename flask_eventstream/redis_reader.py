@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BrokerUnavailableError
 from .redis_feeds import BrokenChainError
-from .redis_link import LOST
+from .redis_link import LOST, told
 from .redis_scripts import SYNC, MalformedError, Message, Record, Script, Sync
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class RedisReader:
             except (*LOST, BrokenChainError) as error:
                 failures = 0 if self.is_connected else min(failures + 1, 10)
                 if failures < 2:
-                    _logger.warning("Redis is not heard, and is tried again: %s", error)
+                    _logger.warning("Redis is not heard, and is tried again: %s", told(error))
             except Exception:
                 # Whatever it is: a stream whose broker hears nothing any more must not look alive.
                 _logger.exception("Redis could not be read, and is tried again")

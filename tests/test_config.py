@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from flask_eventstream.config import Config, check_seconds, without_secrets
+from flask_eventstream.config import Config, check_seconds, is_well_formed, without_secrets
 from flask_eventstream.errors import ConfigurationError
 
 
@@ -99,8 +99,64 @@ def test_seconds_elsewhere_are_checked_alike() -> None:
         ("redis://:se@cret@host", "redis://host"),
         ("unix://user:secret@/run/redis.sock?db=1", "unix:///run/redis.sock"),
         ("memory://", "memory://"),
-        ("nonsense", "nonsense"),
+        ("memory://?x", "memory://"),
+        ("rediss://[2001:db8::1]:6380/?ssl_ca_certs=/x", "rediss://[2001:db8::1]:6380/"),
+        ("redis://:secret@", "redis://"),
+        ("redis://[secret@host", "redis://host"),
+        ("redis://my_redis.example.com/0/", "redis://my_redis.example.com/0/"),
+        ("redis://:se cret%zz\\@host:1", "redis://host:1"),
     ],
 )
 def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
     assert without_secrets(url) == shown
+    assert is_well_formed(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("nonsense", "…"),
+        ("", "…"),
+        ("amqp://user:secret@host", "…"),
+        ("secret://word@host", "…"),
+        (" redis://:secret@host", "…"),
+        ("redis:/user:secret@host", "redis:/…"),
+        ("redis//:secret@host", "…"),
+        ("REDIS://:secret@host", "REDIS://…"),
+        ("redis://:se/cret@host", "redis://…"),
+        ("redis://secret/12@host", "redis://…"),
+        ("redis://1234/5678@host", "redis://…"),
+        ("redis://:se#cret@host", "redis://…"),
+        ("redis://secret#secret@host", "redis://…"),
+        ("redis://:se?cret@host", "redis://…"),
+        ("redis://secret?secret@host", "redis://…"),
+        ("redis://host?password=se#cret", "redis://…"),
+        ("redis://host?password=se@cret", "redis://…"),
+        ("redis://:secret", "redis://…"),
+        ("redis://:123456", "redis://…"),
+        ("redis://user:secret", "redis://…"),
+        ("redis://host:secret/0", "redis://…"),
+        ("redis://host/secret", "redis://…"),
+        ("redis://[secret/@host", "redis://…"),
+        ("redis://:se\udc80cret@host", "redis://…"),
+        ("unix://secret/path", "unix://…"),
+        ("unix://user:se/cret@/path", "unix://…"),
+        ("unix:///path#secret", "unix://…"),
+        ("memory://:secret@host", "memory://…"),
+    ],
+)
+def test_of_a_url_that_is_none_in_every_detail_only_the_scheme_is_shown(
+    url: str, shown: str
+) -> None:
+    assert without_secrets(url) == shown
+    assert not is_well_formed(url)
+
+
+def test_the_text_of_a_configuration_has_no_url() -> None:
+    assert "secret" not in repr(Config(broker_url="redis://:secret@host"))
+
+
+def test_a_url_of_another_class_is_named_by_that() -> None:
+    with pytest.raises(ConfigurationError, match="class 'bytes'") as caught:
+        Config.read({"EVENTSTREAM_BROKER_URL": b"redis://:secret@host"})
+    assert "secret" not in f"{caught.value} {caught.value.value}"
