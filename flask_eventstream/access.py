@@ -95,8 +95,15 @@ def judge_of(authority: Any) -> Callable[[str], bool]:
     return current_app.ensure_sync(judge)
 
 
+def resolved(value: Any) -> Any:
+    """Return what a proxy stands for in the current context, or the value if it is none."""
+    while isinstance(value, LocalProxy):
+        value = value._get_current_object()
+    return value
+
+
 def key_of(what: str, value: Any) -> str | None:
-    """Return the text of a key that the app gives for a user, an owner or a member.
+    """Return the text of a key that the app gives for a user or an owner.
 
     The text of any other object has its address in it, as a rule, which is another one in the next
     request, and somebody else's later.
@@ -106,8 +113,7 @@ def key_of(what: str, value: Any) -> str | None:
     :returns: its text; ``None`` for nobody.
     :raises RightsError: if it is anything else, or an empty ``str``.
     """
-    while isinstance(value, LocalProxy):
-        value = value._get_current_object()
+    value = resolved(value)
     if value is None:
         return None
     if isinstance(value, UUID):

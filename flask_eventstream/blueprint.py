@@ -22,7 +22,6 @@ from .state import app_in_use, current_state, new_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from uuid import UUID
 
     from flask import Response
     from flask.blueprints import BlueprintSetupState
@@ -121,7 +120,7 @@ class EventStream(Rights):
         history: int = 0,
         snapshot: Callable[[], Any] | None = None,
         presence: bool = False,
-        member: str | int | UUID | None = None,
+        member: str | None = None,
     ) -> EventStreamResponse:
         """Return a response that streams channels; to be returned by a view.
 
@@ -139,8 +138,7 @@ class EventStream(Rights):
             random one, which begins with ``anonymous-``, for this one connection.
         :raises InvalidFieldError: if a channel's name is not valid, or the snapshot cannot be sent,
             or a member's name is not as a channel's may be.
-        :raises TypeError: if there is a ``member`` without ``presence``; a :class:`RightsError` if
-            the member is an object that is no name.
+        :raises TypeError: if there is a ``member`` without ``presence``.
         :raises TooLargeError: if there are more channels than ``EVENTSTREAM_MAX_CHANNELS``, or the
             snapshot is larger than ``EVENTSTREAM_MAX_EVENT_BYTES``.
         :raises ServiceUnavailable: 503, if the process has ``EVENTSTREAM_MAX_SUBSCRIBERS``.
@@ -150,15 +148,15 @@ class EventStream(Rights):
         A client that returns gets exactly what it missed, or a ``reset`` event and what history
         still has. While the broker cannot be reached, the stream ends at once and clients retry.
         """
+        # It is kept for longer than the request has a context.
+        member = access.resolved(member)
         if member is not None and not presence:
             raise TypeError("subscribe() got a member, which needs presence=True")
         names = allowed_names(channels)
-        # What is wrong with an empty name is told as of all names.
-        name = "" if member == "" else access.key_of("the member", member)
         if request.method == "HEAD":
             return EventStreamResponse(())
         state = current_state()
-        return subscribed(state, self._user, names, history, snapshot, presence, name)
+        return subscribed(state, self._user, names, history, snapshot, presence, member)
 
     def stream(
         self,

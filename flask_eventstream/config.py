@@ -21,6 +21,7 @@ _URL = re.compile(
     rf"(?:(memory://)|(rediss?://){_CREDENTIALS}({_SERVER})|(unix://){_CREDENTIALS}({_PATH}))"
     r"(?:\?[^#@\ud800-\udfff]*)?"
 )
+_OTHER = re.compile(rf"[a-z]+(?:://{_SERVER})?")
 _SCHEME = re.compile(r"(?:memory|rediss?|unix):/{0,2}", re.IGNORECASE)
 
 
@@ -186,11 +187,14 @@ def without_secrets(url: str) -> str:
     """Return what errors, logs and reports may show of a broker's URL.
 
     :param url: the URL.
-    :returns: it without user, password and query; if it is not well formed, its scheme alone.
+    :returns: it without user, password and query; if it is not well formed, its scheme alone. One
+        that has nothing before its host may be of another kind.
     """
     found = _URL.fullmatch(url)
     if found is not None:
         return "".join(filter(None, found.groups()))
+    if _OTHER.fullmatch(url):
+        return url
     scheme = _SCHEME.match(url)
     return f"{scheme[0] if scheme else ''}…"
 

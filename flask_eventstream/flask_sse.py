@@ -206,7 +206,7 @@ class ServerSentEventsBlueprint(Rights):
 
     def _check_may_read(self, names: tuple[str, ...]) -> None:
         judges = self._judges()
-        if judges or not all(one.is_open for one in self._blueprints(app_in_use())):
+        if judges or not all(one.is_open for one in self._all_rights(app_in_use())):
             access.check_may_read(names, judges)
 
     def _plain_stream(self, channel: str) -> Response:

@@ -211,10 +211,10 @@ class Rights(Blueprint):
         # views must not open what another one guards.
         app = app_in_use()
         own = of(self, app)
-        found = [own] if own is not None else [of(one, app) for one in self._blueprints(app)]
+        found = [own] if own is not None else [of(one, app) for one in self._all_rights(app)]
         return [one for one in found if one is not None]
 
-    def _blueprints(self, app: App) -> list[Rights]:
+    def _all_rights(self, app: App) -> list[Rights]:
         # Flask-SSE's may be in use before the app has a configuration for it.
         state: State | None = app.extensions.get("eventstream")
         return [self] if state is None else state.blueprints

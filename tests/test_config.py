@@ -115,8 +115,12 @@ def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("nonsense", "…"),
+        ("nonsense", "nonsense"),
+        ("amqp://host:5672/", "amqp://host:5672/"),
         ("", "…"),
+        ("localhost:6379", "…"),
+        ("amqp://host?x", "…"),
+        ("amqp://:secret", "…"),
         ("amqp://user:secret@host", "…"),
         ("secret://word@host", "…"),
         (" redis://:secret@host", "…"),

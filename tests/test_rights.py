@@ -293,7 +293,7 @@ def test_a_key_counts_by_its_text(
 
     app = make_app()
     app.secret_key = "secret"
-    app.add_url_rule("/room", view_func=lambda: eventstream.subscribe(presence=True, member=key))
+    app.add_url_rule("/room", view_func=lambda: eventstream.subscribe(presence=True))
     client = app.test_client()
     with client_stream(client, "/room") as stream, app.app_context():
         assert type(user_of(stream)) is str
@@ -336,6 +336,15 @@ def test_an_object_that_is_no_key_is_an_error_that_says_what_to_return(
                 call(key)
     state = app.extensions["eventstream"]
     assert (state.places.taken, state.runs.active) == (0, 0)
+
+
+def test_a_proxy_of_a_name_is_resolved_while_it_can_be(
+    app: Flask, eventstream: EventStream
+) -> None:
+    name: Any = LocalProxy(lambda: request.args["name"])
+    app.add_url_rule("/room", view_func=lambda: eventstream.subscribe(presence=True, member=name))
+    with client_stream(app.test_client(), "/room?name=ada"), app.app_context():
+        assert eventstream.present() == ["ada"]
 
 
 def test_a_coroutine_is_no_key(app: Flask, eventstream: EventStream) -> None:
