@@ -20,7 +20,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import MutableSequence, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from copy import copy
 from dataclasses import is_dataclass
 from decimal import Decimal
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from flask import current_app, g, has_app_context, has_request_context, request, stream_with_context
-from flask.globals import app_ctx, request_ctx
+from flask.globals import _cv_app, _cv_request
 
 from . import concurrency
 from .producer import close_source
@@ -63,21 +63,22 @@ class StreamContext:
 
     def __init__(self) -> None:
         self.run = contextvars.copy_context().run
-        contexts: list[Any] = [app_ctx._get_current_object(), request_ctx._get_current_object()]  # type: ignore[attr-defined]  # a proxy's own method
-        self._contexts = [(context, len(context._cv_tokens)) for context in contexts]
+        # Flask tears a context down with the last of its tokens, and takes the newest first.
+        self._app: Any = _cv_app.get()
+        self._request: Any = _cv_request.get()
+        self._before = len(self._app._cv_tokens), len(self._request._cv_tokens)
         self._hold: object = None
 
     def hold(self) -> None:
         """Put off the end of the request, unless it is over, until :meth:`release`."""
-        is_over = not all(context._cv_tokens for context, _ in self._contexts)
+        is_over = not (self._app._cv_tokens and self._request._cv_tokens)
         if self._hold is not None or is_over:
             return
         self._hold = object()
-        for context, own in self._contexts:
+        for context, before in zip((self._app, self._request), self._before, strict=True):
             tokens = context._cv_tokens
-            # Flask tears a context down with its last token, and takes the newest first. What the
-            # stream has pushed itself meanwhile, it pops itself.
-            tokens[:] = [self._hold, *tokens[own:], *tokens[:own]]
+            # What the stream has pushed itself meanwhile, it pops itself.
+            tokens[:] = [self._hold, *tokens[before:], *tokens[:before]]
 
     def release(self, error: BaseException | None = None) -> None:
         """Tear the request down that was put off, unless others still have its contexts.
@@ -87,11 +88,15 @@ class StreamContext:
         hold, self._hold = self._hold, None
         if hold is None:
             return
-        with ExitStack() as pushed:
-            for context, _ in self._contexts:
-                context.push()
-                context._cv_tokens.remove(hold)
-                pushed.callback(context.pop, error)
+        # As push() does, which would match the URL once more.
+        self._app._cv_tokens.append(_cv_app.set(self._app))
+        self._request._cv_tokens.append((_cv_request.set(self._request), None))
+        self._app._cv_tokens.remove(hold)
+        self._request._cv_tokens.remove(hold)
+        try:
+            self._request.pop(error)
+        finally:
+            self._app.pop(error)
 
 
 class RequestEnd:
@@ -108,7 +113,7 @@ class RequestEnd:
         self._users = 1
         self._is_torn_down = False
         # A response that is garbage before has done the same by itself.
-        self._responses: weakref.WeakSet[Response] = weakref.WeakSet()
+        self._responses: list[weakref.ref[Response]] = []
 
     @classmethod
     def of_request(cls) -> RequestEnd:
@@ -121,17 +126,17 @@ class RequestEnd:
 
     def add(self, response: Response) -> None:
         """Close a response when the request ends, unless it is taken until then."""
-        self._responses.add(response)
+        self._responses.append(weakref.ref(response))
 
     def take(self, response: Response) -> None:
         """Take note that a server has a response, and closes it."""
-        self._responses.discard(response)
+        self._responses = [one for one in self._responses if one() is not response]
 
     def __call__(self) -> None:
         """Close what no server has taken, and the files once nobody uses them."""
-        for response in tuple(self._responses):
-            self.take(response)
-            close_source(response)
+        responses, self._responses = self._responses, []
+        for response in responses:
+            close_source(response())
         # A test client that preserves contexts has them torn down twice.
         is_torn_down, self._is_torn_down = self._is_torn_down, True
         if not is_torn_down:
