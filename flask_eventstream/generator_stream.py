@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Mapping
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 from flask import current_app, got_request_exception, has_app_context
@@ -105,21 +106,17 @@ class GeneratorBody:
         self._context = StreamContext()
         self._run = self._context.run
         self._is_whole = is_whole
-        self._first: bytes | None = self._run(next, items)
+        self._first: bytes = self._run(next, items)
 
     def __iter__(self) -> Iterator[bytes]:
-        return self
+        # In C, as it is done for each item.
+        rest = map(self._run, repeat(next), repeat(self._items))
+        return chain((self._first,), rest, self._at_end())
 
-    def __next__(self) -> bytes:
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        try:
-            return self._run(next, self._items)
-        except BaseException:
-            # It is over. Not every server closes what it has iterated to its end.
-            self.close()
-            raise
+    def _at_end(self) -> Iterator[bytes]:
+        # Not every server closes what it has iterated to its end.
+        self.close()
+        yield from ()
 
     def hold(self) -> None:
         """Put off the end of the request, as a server is about to send the stream."""
