@@ -112,7 +112,7 @@ class Shell:
     def type(self, command: str) -> str:
         done = subprocess.run(
             shlex.split(command),
-            cwd=self._home, env=self._environ, capture_output=True, text=True, timeout=60,
+            cwd=self._home, env=self._environ, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout

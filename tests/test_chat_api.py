@@ -184,7 +184,7 @@ def test_the_npm_client_gets_the_same_answers_and_errors(
     if not (CLIENTS / "node_modules" / "openai").exists():
         skip_unless_ci("needs the npm clients, which 'make test' installs where it can")
     command = [node, "openai.mjs", f"{server.url}/v1", f"{slow_server.url}/v1", PROMPT]
-    ended = subprocess.run(command, cwd=CLIENTS, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=CLIENTS, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
     assert told["stream"] == {"text": TEXT, "reasons": ["stop"], "usage": USAGE}

@@ -250,7 +250,7 @@ def test_the_doctor_finds_nothing_wrong_where_nothing_is(redis: RedisServer) -> 
     with canned(STREAM + chunked(b":\n") + b"...") as server:
         command = "gunicorn -k gthread --threads 20 -w 4 app:app"
         lines = told(redis, "doctor", server.url, "--idle=0.1", "--gunicorn", command).splitlines()
-    assert lines[0].startswith(f"ok    the broker {redis.url} answers within 0.")
+    assert re.fullmatch(rf"ok    the broker {redis.url} answers within \d+\.\d{{4}} s", lines[0])
     assert f"ok    gunicorn has 4 gthread workers, and the broker is {redis.url}" in lines
     assert f"ok    {server.url} answers 200 with text/event-stream" in lines
     assert not [line for line in lines if line.startswith("fail")]
@@ -313,12 +313,11 @@ def test_settings_that_cannot_be_read_are_a_finding(app: Flask) -> None:
 
 @pytest.mark.usefixtures("anywhere")
 def test_the_doctor_looks_at_a_stream_as_its_client(make_app: MakeApp) -> None:
-    app = make_app(HEARTBEAT=0.1)
+    app = make_app(HEARTBEAT=10)
     with canned(STREAM + chunked(b":\n") + b"...") as server:
         result = run(app, "doctor", server.url, "--idle=0.3", "--header", "X-Own: 1", "--token=abc")
-    assert "ok    heartbeats are due every 0.1 s, and the longest silence was 0.3 s" in printed(
-        result
-    )
+    line = "warn  the stream is open after 0.3 s, but heartbeats are due every 10 s"
+    assert line in printed(result).splitlines()
     assert "X-Own: 1\r\n" in server.requests[0]
     assert "Authorization: Bearer abc\r\n" in server.requests[0]
     with canned(answered("403 Forbidden", "\x1b[2J")) as server:

@@ -552,7 +552,7 @@ def test_datastar_does_not_return_by_default(site: Site, open_page: Open, is_ref
 
 def run_node(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [node(), script, *arguments], cwd=CLIENTS, capture_output=True, text=True, timeout=60
+        [node(), script, *arguments], cwd=CLIENTS, capture_output=True, text=True, timeout=300
     )
 
 
@@ -695,7 +695,7 @@ def test_curl_shows_the_stream_as_the_documentation_says(site: Site, tmp_path: P
     program = dedent(block).replace("http://127.0.0.1:5000", site.url)
     [shown] = re.findall(r"code-block:: text\n\n((?:   .*\n|\n)+)", PAGE)
     system_part("curl")
-    done = subprocess.run(["bash", "-ec", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-ec", program], capture_output=True, text=True, timeout=300)
     assert (done.stdout.strip(), done.stderr) == (dedent(shown).strip(), "")
     [first, second] = site.requests("/stream/words")
     assert (first["header"], second["header"]) == (None, "end")

@@ -276,7 +276,7 @@ tokens = []
 
 @app.post("/stream-token")
 def stream_token():
-    tokens.append(eventstream.token("news", max_age=0.5))
+    tokens.append(eventstream.token("news", max_age=3))
     if len(tokens) > 1:
         eventstream.publish("between", channel="news")
     return tokens[-1]

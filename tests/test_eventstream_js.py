@@ -347,7 +347,7 @@ def test_a_token_that_has_expired_is_renewed_and_no_event_is_lost(stage: Stage) 
           const headers = {"Content-Type": "application/json"};
           const body = JSON.stringify({data: "between", channel});
           if (asked > 1) await fetch("/publish", {method: "POST", headers, body});
-          return (await fetch(`/token/${channel}?max_age=${asked > 1 ? 60 : 0.5}`)).text();
+          return (await fetch(`/token/${channel}?max_age=${asked > 1 ? 60 : 3}`)).text();
         }}""",
     )
     tab.wait_for_state(OPEN)

@@ -581,7 +581,7 @@ gevent.spawn(main).get()
 def test_under_gevent_it_is_a_greenlet_that_lets_others_run(patch: str, publish: str) -> None:
     command = [sys.executable, "-c", UNDER_GEVENT.format(patch=patch, publish=publish)]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
 

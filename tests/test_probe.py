@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.beside
 
 # What is expected is later than what comes, so that a busy machine changes nothing.
-OF_THE_APP, HEARTBEAT = 0.2, 0.5
+OF_THE_APP, HEARTBEAT = 0.2, 3.0
 IGNORED = "proxy_ignore_headers X-Accel-Buffering; proxy_buffering on;"
 BUFFERING = [("proxy_buffering off;", IGNORED), ("proxy_http_version 1.1;", "")]
 GZIP = [("gzip off;", "gzip on; gzip_types *; gzip_proxied any;")]
@@ -46,10 +46,12 @@ def served() -> Iterator[Server]:
 
 def test_through_the_nginx_of_the_docs_all_is_well(served: Server, tmp_path: Path) -> None:
     with nginx(tmp_path, served.port) as proxy:
-        findings = checked(f"{proxy.url}/stream", idle=0.8)
+        findings = checked(f"{proxy.url}/stream", idle=HEARTBEAT)
     assert wrong(findings) == []
     assert findings[0].what == f"{proxy.url}/stream answers 200 with text/event-stream"
-    assert "the longest silence was 0." in findings[-1].what
+    silence = re.fullmatch(r".*, and the longest silence was (\d\.\d) s", findings[-1].what)
+    assert silence is not None
+    assert float(silence[1]) < HEARTBEAT / 2
 
 
 def test_a_proxy_that_buffers_is_found(
@@ -64,7 +66,7 @@ def test_a_proxy_that_buffers_is_found(
 
 def test_a_proxy_that_compresses_is_found(served: Server, tmp_path: Path) -> None:
     with nginx(tmp_path, served.port, *GZIP) as proxy:
-        findings = checked(f"{proxy.url}/stream", idle=0.6)
+        findings = checked(f"{proxy.url}/stream", idle=HEARTBEAT)
     assert wrong(findings) == [("fail", "the stream is compressed on the way (gzip)")]
     assert "gzip off" in findings[1].cure
 
@@ -91,7 +93,7 @@ def test_a_proxy_that_cuts_silent_streams_is_found(served: Server, tmp_path: Pat
     [(level, what)] = wrong(findings)
     # nginx counts from when it has read the last byte, and we from when that is here.
     assert level == "fail"
-    assert re.match(r"the stream was cut after (0\.[89]|1\.\d) s", what), what
+    assert re.match(r"the stream was cut after (0\.[89]|[1-9]\.\d) s", what), what
     cure = "proxy_read_timeout in nginx must be more than EVENTSTREAM_HEARTBEAT, 3"
     assert findings[-1].cure == cure
 
@@ -155,7 +157,8 @@ def test_heartbeats_that_do_not_come_when_due_are_found() -> None:
     with canned(STREAM + chunked(b":\n") + b"...") as server:
         findings = checked(server.url, heartbeat=0.01, idle=0.6)
     [(level, what)] = wrong(findings)
-    assert (level, what) == ("fail", "0.6 s of silence, and heartbeats are due every 0.01 s")
+    assert level == "fail"
+    assert re.fullmatch(r"\d+\.\d s of silence, and heartbeats are due every 0\.01 s", what)
     assert "proxy_buffering off" in findings[-1].cure
 
 
@@ -165,7 +168,7 @@ def test_a_stream_that_ends_has_ended_by_itself_or_was_ended() -> None:
         findings = [wrong(checked(server.url))[-1] for _ in range(3)]
     assert findings[0] == ("warn", "the stream is complete, and has ended")
     for level, what in findings[1:]:
-        assert (level, what.startswith("the stream ended after 0.0 s")) == ("fail", True)
+        assert (level, what.startswith("the stream ended after ")) == ("fail", True)
 
 
 @pytest.mark.parametrize(("heartbeat", "late"), [(0.5, 0.5), (15, 3), (60, 12)])

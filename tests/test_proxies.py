@@ -39,7 +39,7 @@ def quiet() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def beating() -> Iterator[Server]:
-    with app(heartbeat=0.3) as server:
+    with app(heartbeat=0.1) as server:
         yield server
 
 
@@ -69,13 +69,18 @@ def seconds_of_events(server: Server, proxied: Server) -> list[float]:
     return seconds
 
 
+def hands_on_at_once(server: Server, proxied: Server) -> None:
+    # The fastest event, and more of them if need be, as the machine may be busy. What a proxy holds
+    # back, it does each time.
+    wait_for(lambda: min(seconds_of_events(server, proxied)) < 0.1, what="an event at once")
+
+
 @EVERY_PROXY
 def test_the_first_bytes_and_each_event_arrive_at_once(
     quiet: Server, tmp_path: Path, name: str
 ) -> None:
     with proxy(name, tmp_path, quiet.port) as proxied:
-        # The fastest one, as the machine may be busy. What a proxy holds back, it does each time.
-        assert min(seconds_of_events(quiet, proxied)) < 0.1
+        hands_on_at_once(quiet, proxied)
         with reading(proxied, "/stream/ticks") as reader:
             assert [reader.event().data for _ in range(2)] == ["0", "1"]
 
@@ -118,10 +123,12 @@ def test_a_stream_that_is_silent_for_longer_than_the_timeout_is_cut(
 def test_haproxys_timeout_for_clients_cuts_no_stream(quiet: Server, tmp_path: Path) -> None:
     change = ("timeout client 60s", f"timeout client {TIMEOUT}s")
     with proxy("haproxy", tmp_path, quiet.port, change) as proxied:
-        with reading(proxied, timeout=1.3 * TIMEOUT) as reader:
+        with reading(proxied) as reader:
             assert reader.chunk()
-            with pytest.raises(TimeoutError):
-                reader.chunk()
+            end = time.monotonic() + 1.3 * TIMEOUT
+            wait_for(lambda: time.monotonic() > end)
+            publish(quiet, "still here")
+            assert reader.event().data == "still here"
 
 
 # Clients that leave
@@ -269,7 +276,7 @@ def test_a_site_that_compresses_holds_no_event_back(
     quiet: Server, tmp_path: Path, name: str
 ) -> None:
     with proxy(name, tmp_path, quiet.port, COMPRESSING[name]) as proxied:
-        assert min(seconds_of_events(quiet, proxied)) < 0.1
+        hands_on_at_once(quiet, proxied)
         with reading(proxied) as reader:
             assert reader.headers["Content-Encoding"] is None
 

@@ -19,7 +19,7 @@ from flask_eventstream import EventStreamParser, ServerSentEvent
 from flask_eventstream.testing import client_stream
 
 from .apps import UPSTREAM_EVENTS, create_relay
-from .servers import Server, free_port, serving, wait_for
+from .servers import DEADLINE, Server, free_port, serving, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flask import Flask
 
 KEY = "sk-4f9a-nobody-may-see-this"
-AT_ONCE = 5.0
+AT_ONCE = DEADLINE
 MIB = 1024 * 1024
 FAILED = ServerSentEvent({"message": "The stream failed on the server."}, "stream-error", "end")
 
@@ -220,7 +220,7 @@ def test_an_upstream_that_falls_silent_is_waited_for_with_heartbeats_and_then_gi
     upstream: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = relay_of(
-        upstream.url, monkeypatch, ("heartbeat=15", "heartbeat=0.1"), ("read=60", "read=1")
+        upstream.url, monkeypatch, ("heartbeat=15", "heartbeat=0.1"), ("read=60", "read=3")
     )
     chat = client_stream(app.test_client(), "/stream/chat", method="POST", json=question("silence"))
     with chat as stream:

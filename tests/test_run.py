@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from flask_eventstream.run_registry import (
     Standing,
     Write,
 )
-from flask_eventstream.runs import Runs
+from flask_eventstream.runs import JOIN_SECONDS, Runs
 
 from .servers import DEADLINE, wait_for
 
@@ -147,13 +148,13 @@ def test_the_first_item_is_written_at_once_and_the_others_are_joined(stage: Stag
         for n in range(100):
             yield str(n)
 
-    run = stage.new()
+    run, begin = stage.new(), time.monotonic()
     stage.runs.begin(run, produce(), lambda function: function)
     assert len(list(stage.read(run))) == 102
     stage.wait()
     assert stage.registry.writes[0].last == 1
-    # One write for what came within the 25 ms; the machine may have been too busy for that.
-    assert len(stage.registry.writes) < 20
+    # One write for what came within 25 ms, and one for each end of a wait that is late.
+    assert len(stage.registry.writes) <= 3 + (time.monotonic() - begin) / JOIN_SECONDS
 
 
 def test_a_second_run_does_not_wait_for_the_pause_of_the_first(stage: Stage) -> None:
@@ -171,14 +172,16 @@ def test_a_hundred_thousand_items_arrive_in_order_in_few_writes(stage: Stage) ->
             most.append(run._given - run._taken)
 
     most: list[int] = []
-    run = stage.new()
+    run, begin = stage.new(), time.monotonic()
     stage.runs.begin(run, produce(), lambda function: function)
     events = stage.read(run)
     for n in range(100_000):
         event = next(events)
         assert (event.data, event.id) == (str(n), f"{run.id}.{n + 1}")
     assert next(events).type == "end"
-    assert len(stage.registry.writes) < 2_000
+    # One for each 25 ms, on a machine that is busy as well, and one for each some hundred items.
+    rounds = (time.monotonic() - begin) / JOIN_SECONDS
+    assert len(stage.registry.writes) < rounds + 100_000 / 200
     # It waits for what it has handed over, and not for its clients.
     assert max(most) < 300_000
 
