@@ -1,4 +1,4 @@
-"""Runs fuzz targets: ``python -m fuzz [TARGET...] [--seconds 60] [--seed N]``.
+"""Runs fuzz targets: ``python -m fuzz [TARGET...] [--seconds 60] [--cases N] [--seed N]``.
 
 A seed gives each target the same cases in the same order. A case that fails is made as small as
 possible, and printed as a literal.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import random
 import secrets
 import sys
@@ -43,10 +44,12 @@ def error_of(target: Any, case: Any) -> Exception | None:
     return None
 
 
-def fuzz(target: Any, seconds: float, chance: random.Random) -> tuple[int, Failure | None]:
-    """Check cases for some seconds; return how many, and the first failure."""
+def fuzz(
+    target: Any, seconds: float, chance: random.Random, most: float = math.inf
+) -> tuple[int, Failure | None]:
+    """Check cases for some seconds, and so many at most; return how many, and the first failure."""
     cases, deadline = 0, time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while cases < most and time.monotonic() < deadline:
         for _ in range(CASES_AT_ONCE):
             case = target.generate(chance)
             cases += 1
@@ -73,13 +76,14 @@ def _kind(error: Exception) -> tuple[type, int]:
     return type(error), lines[-1] or 0
 
 
-def run(name: str, seconds: float, seed: int) -> bool:
+def run(name: str, seconds: float, seed: int, most: float) -> bool:
     """Fuzz a target, tell what was found, and return whether all is well."""
     target = importlib.import_module(f"{__package__}.{name}")
     # Of its own, so that a target finds the same alone and among others.
     chance = random.Random(f"{seed} {name}")
-    cases, failure = fuzz(target, seconds, chance)
-    per_second = cases / max(seconds, 1e-9)
+    begin = time.monotonic()
+    cases, failure = fuzz(target, seconds, chance, most)
+    per_second = cases / max(time.monotonic() - begin, 1e-9)
     if failure is None:
         print(f"fuzz {name}: {cases:,} cases, {per_second:,.0f} a second, no failure", flush=True)
         return True
@@ -98,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}")
-    parser.add_argument("--seconds", type=float, default=60, help="in all; 60 by default")
+    parser.add_argument("--seconds", type=float, help="in all; 60 by default, or without end")
+    parser.add_argument("--cases", type=int, help="of each target, and no more; any by default")
     parser.add_argument("--seed", type=int, help="random by default")
     options = parser.parse_args(arguments)
     targets = options.targets or TARGETS
@@ -106,8 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no target {', '.join(sorted(unknown))}")
     seed = secrets.randbelow(10**9) if options.seed is None else options.seed
     print(f"fuzz: seed {seed}", flush=True)
+    # With a number of cases, and a seed, it is the same on every machine.
+    seconds = options.seconds or (math.inf if options.cases else 60)
+    most = options.cases or math.inf
     # All of them, also after one that has failed.
-    found = [run(name, options.seconds / len(targets), seed) for name in targets]
+    found = [run(name, seconds / len(targets), seed, most) for name in targets]
     return 0 if all(found) else 1
 
 

@@ -19,14 +19,19 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_second_of_each_target_finds_nothing(
+def test_some_cases_of_each_target_find_nothing(
     target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([target, "--seconds", "1", "--seed", "7"]) == 0
+    assert main([target, "--cases", "500", "--seed", "7"]) == 0
     told = capsys.readouterr().out
     assert "seed 7" in told
-    cases = int(told.partition(f"fuzz {target}: ")[2].partition(" cases")[0].replace(",", ""))
-    assert cases >= 20
+    assert f"fuzz {target}: 500 cases, " in told
+
+
+def test_it_ends_after_the_seconds_that_it_has(capsys: pytest.CaptureFixture[str]) -> None:
+    # There is no other end.
+    assert main(["parser", "--seconds", "0.01", "--seed", "7"]) == 0
+    assert "no failure" in capsys.readouterr().out
 
 
 class ForgetfulParser(EventStreamParser):
@@ -90,7 +95,7 @@ def test_a_planted_bug_is_found_and_its_input_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(module, name, broken)
-    assert main([target, "--seconds", "5", "--seed", "7"]) == 1
+    assert main([target, "--cases", "20000", "--seed", "7"]) == 1
     told = capsys.readouterr().out
     shown = told.partition(f"fuzz.{target}.check(")[2].partition("\n")[0]
     assert evidence in shown
