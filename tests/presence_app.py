@@ -36,6 +36,11 @@ def create_app(config: dict[str, Any]) -> Flask:
         response.headers["X-Pid"] = os.getpid()
         return response
 
+    @app.post("/wait/<float:seconds>")
+    def wait(seconds: float) -> dict[str, float]:
+        app.extensions["eventstream"].members.seconds = seconds
+        return {"seconds": seconds}
+
     @app.get("/present")
     def present() -> list[str]:
         return eventstream.present("room")

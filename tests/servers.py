@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent
-DEADLINE = 30.0
+DEADLINE = 60.0
 """For what is about to happen, in seconds: so long that only what never happens takes longer."""
 
 # Below those that the kernel gives to connections, which begin at 32768.

@@ -81,9 +81,14 @@ class Site:
 class Client:
     def __init__(self, port: int, path: str, headers: dict[str, str], method: str) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
-        self.connection.request(method, path, headers=headers)
-        self.response = self.connection.getresponse()
         self.received = b""
+        try:
+            self.connection.request(method, path, headers=headers)
+            self.response = self.connection.getresponse()
+        except BaseException:
+            # Nobody has it who could. Left to the garbage collector, it would fail another test.
+            self.connection.close()
+            raise
 
     def read_event(self, data: bytes) -> bytes:
         """Read up to the end of an event of one line."""
