@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _numbers = count()
 
+PATIENT = 60.0
+"""How long calls may take that are to succeed, in seconds, however busy the machine is."""
+
 
 class RedisServer(Server):
     """A Redis server, and a connection to it that keeps out of the way of what is tested.

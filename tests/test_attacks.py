@@ -29,6 +29,7 @@ from flask_eventstream.testing import client_stream
 from flask_eventstream.tokens import verified
 
 from .attack_requests import Answer, create_app, new_environ
+from .redis_server import PATIENT
 from .servers import DEADLINE, ROOT
 from .stress import UNTRACED
 
@@ -235,7 +236,7 @@ def brokers(request: pytest.FixtureRequest) -> Iterator[tuple[Broker, Broker]]:
         return
     server: RedisServer = request.getfixturevalue("redis")
     prefix = server.prefix()
-    made = [RedisBroker(server.url, key_prefix=prefix) for _ in range(2)]
+    made = [RedisBroker(server.url, key_prefix=prefix, timeout=PATIENT) for _ in range(2)]
     yield made[0], made[1]
     for each in made:
         each.close()

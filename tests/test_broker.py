@@ -19,6 +19,8 @@ from flask_eventstream.broker import channel_names
 from flask_eventstream.errors import BrokerClosedError, InvalidFieldError, TooLargeError
 from flask_eventstream.redis_broker import RedisBroker
 
+from .redis_server import PATIENT
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -37,7 +39,9 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Broker]]:
         if server is None:
             made.append(MemoryBroker(**options))
         else:
-            made.append(RedisBroker(server.url, key_prefix=server.prefix(), **options))
+            made.append(
+                RedisBroker(server.url, key_prefix=server.prefix(), timeout=PATIENT, **options)
+            )
         return made[-1]
 
     yield make_broker

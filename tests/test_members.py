@@ -30,6 +30,7 @@ from flask_eventstream.members import (
 )
 from flask_eventstream.redis_broker import RedisBroker
 
+from .redis_server import PATIENT
 from .servers import wait_for
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def made(request: pytest.FixtureRequest, seconds: float) -> Iterator[Room]:
         room = Room(MemoryBroker(), seconds)
     else:
         server: RedisServer = request.getfixturevalue(request.param)
-        room = Room(RedisBroker(server.url, key_prefix=server.prefix()), seconds)
+        room = Room(RedisBroker(server.url, key_prefix=server.prefix(), timeout=PATIENT), seconds)
     yield room
     room.close()
 

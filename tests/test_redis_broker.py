@@ -21,7 +21,7 @@ from flask_eventstream.redis_scripts import PUBLISH, Keys
 from flask_eventstream.run_registry import Write
 
 from .faults import Proxy, proxy
-from .redis_server import RedisServer, given_up_soon, redis_server, valkey_program
+from .redis_server import PATIENT, RedisServer, given_up_soon, redis_server, valkey_program
 from .servers import DEADLINE, ROOT, free_port, serving, wait_for
 from .stress import Client
 
@@ -41,7 +41,9 @@ def make(redis: RedisServer) -> Iterator[Make]:
     made: list[RedisBroker] = []
 
     def make_broker(url: str = "", **options: Any) -> RedisBroker:
-        made.append(RedisBroker(url or redis.url, **{"key_prefix": prefix, **options}))
+        made.append(
+            RedisBroker(url or redis.url, **{"key_prefix": prefix, "timeout": PATIENT, **options})
+        )
         return made[-1]
 
     yield make_broker
@@ -224,7 +226,7 @@ def test_what_a_client_missed_is_replayed_or_a_reset(
 @pytest.mark.usefixtures("brief_silence")
 def test_a_disconnect_that_was_missed_is_made_good(make: Make, redis: RedisServer) -> None:
     with proxy(redis.port) as between:
-        one, two = make(), make(f"redis://127.0.0.1:{between.port}/0")
+        one, two = make(), make(f"redis://127.0.0.1:{between.port}/0", timeout=2)
         subscription = two.subscribe()
         between.lose_everything()
         one.publish("last")

@@ -13,6 +13,7 @@ from flask_eventstream.errors import BrokerUnavailableError, ConfigurationError
 from flask_eventstream.redis_link import LOST, MintedIdError, RedisLink, Repeats
 from flask_eventstream.redis_scripts import Script
 
+from .redis_server import PATIENT
 from .servers import DEADLINE
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from .redis_server import RedisServer
 
 ONE = Script("return ARGV[1]")
-PATIENT = 60
-"""How long a call may take that is to succeed, in seconds, however busy the machine is."""
 
 
 @pytest.fixture

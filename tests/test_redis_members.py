@@ -11,7 +11,7 @@ from flask_eventstream import concurrency, redis_members, redis_presence
 from flask_eventstream.errors import BrokerUnavailableError
 from flask_eventstream.redis_broker import RedisBroker
 
-from .redis_server import given_up_soon
+from .redis_server import PATIENT, given_up_soon
 from .servers import wait_for
 from .test_members import LONG, SHORT, Room
 
@@ -29,7 +29,7 @@ def make(redis: RedisServer) -> Iterator[Make]:
     rooms: list[Room] = []
 
     def make_room(seconds: float = SHORT, url: str = "") -> Room:
-        broker = RedisBroker(url or redis.url, key_prefix=prefix)
+        broker = RedisBroker(url or redis.url, key_prefix=prefix, timeout=PATIENT)
         rooms.append(Room(broker, seconds))
         return rooms[-1]
 

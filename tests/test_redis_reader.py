@@ -15,7 +15,7 @@ from flask_eventstream.errors import BrokerUnavailableError
 from flask_eventstream.redis_broker import RedisBroker
 
 from .faults import proxy
-from .redis_server import RedisServer, given_up_soon, redis_server
+from .redis_server import PATIENT, RedisServer, given_up_soon, redis_server
 from .servers import DEADLINE, wait_for
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def broker(redis: RedisServer) -> Iterator[RedisBroker]:
-    one = RedisBroker(redis.url, key_prefix=redis.prefix())
+    one = RedisBroker(redis.url, key_prefix=redis.prefix(), timeout=PATIENT)
     yield one
     one.close()
 

@@ -20,6 +20,7 @@ from flask_eventstream.run_registry import (
     Write,
 )
 
+from .redis_server import PATIENT
 from .servers import DEADLINE, wait_for
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def broker(request: pytest.FixtureRequest) -> Iterator[LocalBroker]:
     made: LocalBroker = MemoryBroker()
     if request.param != "memory":
         server: RedisServer = request.getfixturevalue(request.param)
-        made = RedisBroker(server.url, key_prefix=server.prefix())
+        made = RedisBroker(server.url, key_prefix=server.prefix(), timeout=PATIENT)
     yield made
     made.close()
 
