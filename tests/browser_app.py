@@ -137,6 +137,7 @@ def create_app() -> Flask:
                     "cursor": cursor(),
                     "header": headers.get("Last-Event-ID"),
                     "token": headers.get("Authorization"),
+                    "cookie": headers.get("Cookie"),
                     "status": response.status_code,
                     "time": time.monotonic(),
                 }

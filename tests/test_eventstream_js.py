@@ -642,6 +642,63 @@ def test_two_that_ask_something_else_do_not_share(stage: Stage) -> None:
     assert len(stage.asked()) == 3
 
 
+def test_tabs_of_two_users_do_not_share(stage: Stage) -> None:
+    stage.context.add_cookies([{"name": "user", "value": "ada", "url": stage.server.url}])
+    ada = [stage.tab().follow(stage.channel, "{shared: 'ada'}") for _ in range(2)]
+    stage.wait_for_subscribers(1)
+    # Somebody else logs in, in the same browser.
+    stage.context.add_cookies([{"name": "user", "value": "bob", "url": stage.server.url}])
+    bob = stage.tab().follow(stage.channel, "{shared: 'bob'}")
+    stage.wait_for_subscribers(2)
+    stage.publish("x")
+    for tab in (*ada, bob):
+        tab.wait_for_data("x")
+    assert [row["cookie"] for row in stage.asked()] == ["user=ada", "user=bob"]
+
+
+@pytest.mark.parametrize("key", ["undefined", "null", "''", "false", "0"])
+def test_without_a_key_nobody_shares(stage: Stage, key: str) -> None:
+    for _ in range(2):
+        stage.tab().follow(stage.channel, f"{{shared: {key}}}")
+    stage.wait_for_subscribers(2)
+
+
+def test_what_everybody_shares_is_asked_for_by_nobody(stage: Stage) -> None:
+    stage.context.add_cookies([{"name": "user", "value": "ada", "url": stage.server.url}])
+    tabs = followers(stage, 2)
+    assert [row["cookie"] for row in stage.asked()] == [None]
+    for options in (
+        "{shared: true, token: () => 'secret'}",
+        "{shared: true, headers: () => ({})}",
+        "{shared: true, withCredentials: true}",
+        "{shared: true, credentials: 'same-origin'}",
+    ):
+        with pytest.raises(Error, match=r"TypeError: .* is for what everybody may read"):
+            tabs[0].follow(stage.channel, options)
+    assert len(stage.asked()) == 1
+
+
+def test_other_headers_and_bodies_that_cannot_be_compared_are_not_shared(stage: Stage) -> None:
+    url, tab = f"/stream/answers/{stage.name}", stage.tab()
+    for options in (
+        "{shared: 'ada', headers: {Authorization: 'Bearer secret'}}",
+        "{shared: 'ada', headers: [['authorization', 'Bearer secret']]}",
+        "{shared: 'ada', headers: {Authorization: 'Bearer other'}}",
+        "{shared: 'ada', body: new URLSearchParams({a: 1})}",
+        "{shared: 'ada', body: new URLSearchParams({a: 2})}",
+        "{shared: 'ada', body: new Blob(['1'])}",
+        "{shared: 'ada', body: new Blob(['2'])}",
+    ):
+        tab.follow(url, options)
+    tab.wait_for_events(7)
+    assert len(stage.asked()) == 6
+    names = tab.page.evaluate(
+        "navigator.locks.query().then(({held}) => held.map(({name}) => name))"
+    )
+    assert len(names) == 6
+    assert all(re.fullmatch("eventstream [0-9a-f]{64}", name) for name in names)
+
+
 def test_all_tabs_hear_of_the_end_and_of_an_error_that_closes_the_stream(stage: Stage) -> None:
     url = f"/stream/chat/{stage.name}"
     post = """{shared: true, body: '{"prompt": "Hi"}',

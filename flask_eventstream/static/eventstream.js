@@ -10,7 +10,8 @@
  * @typedef {{type: string, data: string, lastEventId: string, origin: string}} StreamEvent
  * @typedef {{readyState?: number, error?: {status?: number, message: string}, event?: StreamEvent}} Report
  * @typedef {object} Options
- * @property {boolean|string} [shared] One connection for all tabs; a name tells streams apart.
+ * @property {boolean|string} [shared] One connection for all tabs of a user, whose key it is; `true`
+ *   for a stream that is the same for everybody, and is asked for without cookies.
  * @property {string} [method] GET, or POST if there is a body.
  * @property {HeadersInit|(() => HeadersInit|Promise<HeadersInit>)} [headers] Asked for each time.
  * @property {BodyInit} [body] Sent each time, so it must not be a stream.
@@ -321,7 +322,7 @@ const LINGERING = 1_000; // and so long the end of all is told.
  * `cursor`). A tab that is not there (it has just come, it was frozen) asks for the whole log.
  */
 class Share {
-  #name; #newConnection; #report;
+  #name; #naming; #newConnection; #report;
   #cursor; // What the page has had already, up to the next reset: its own, or a predecessor's.
   #id = Math.random();
   #begun = Date.now();
@@ -337,20 +338,22 @@ class Share {
   #joined = () => {};
 
   /**
-   * @param {string} name What those have in common who share.
+   * @param {Promise<string>} name What those have in common who share.
    * @param {string} cursor The id to begin with, if this is the first tab.
    * @param {(cursor: string, isBegun: boolean, tell: (report: Report) => void) => Connection} newConnection
    * @param {(report: Report) => void} report
    */
   constructor(name, cursor, newConnection, report) {
-    this.#name = `eventstream ${name}`;
+    this.#naming = name;
     this.#cursor = cursor;
     this.#newConnection = newConnection;
     this.#report = report;
   }
 
-  start() {
+  async start() {
     const { signal } = this.#leaving = new AbortController();
+    this.#name = `eventstream ${await this.#naming}`;
+    if (signal.aborted) return;
     this.#channel = new BroadcastChannel(this.#name);
     this.#channel.onmessage = ({ data }) => this.#hear(data);
     this.#askOnce();
@@ -532,6 +535,7 @@ export class EventStream extends EventTarget {
    */
   constructor(url, options = {}) {
     super();
+    if (options.shared === true) options = sameForAll(options);
     this.#url = new URL(url, globalThis.document?.baseURI ?? location.href).href;
     this.#lastEventId = options.lastEventId ?? "";
     this.#withCredentials = options.withCredentials ?? options.credentials === "include";
@@ -605,8 +609,32 @@ export class EventStream extends EventTarget {
   }
 }
 
-/** @param {string} url @param {Options} options */
-function nameOf(url, { shared, method = "", body }) {
-  // Who asks something else gets another answer.
-  return JSON.stringify([method, url, shared, typeof body === "string" ? body : ""]);
+/**
+ * What a stream is asked for with that is shared by whoever uses the browser: nothing that says who.
+ *
+ * @param {Options} options
+ */
+function sameForAll(options) {
+  const { token, headers, withCredentials = false, credentials = "omit" } = options;
+  if (token || typeof headers === "function" || withCredentials || credentials !== "omit") {
+    throw new TypeError("`shared: true` is for what everybody may read. Give the user: `shared: key`.");
+  }
+  return { ...options, credentials };
+}
+
+/**
+ * The same for those alone who get the same answer. A digest, since locks have names that can be read.
+ *
+ * @param {string} url
+ * @param {Options} options
+ */
+async function nameOf(url, { shared, method = "", headers, body, credentials, withCredentials }) {
+  const isText = body == null || typeof body === "string" || body instanceof URLSearchParams;
+  // What cannot be compared is asked for by each tab.
+  const asked = isText ? String(body ?? "") : crypto.randomUUID();
+  const own = typeof headers === "function" ? [] : [...new Headers(headers)];
+  const rights = credentials ?? Boolean(withCredentials);
+  const all = JSON.stringify([method, url, shared, own, asked, rights]);
+  const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(all));
+  return Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
