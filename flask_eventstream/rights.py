@@ -171,10 +171,12 @@ class Rights(Blueprint):
         return current_token(current_state())
 
     def revoke(self, user: str | int | UUID) -> None:
-        """End every stream of a user, in all processes, and refuse all tokens issued to it so far.
+        """End a user's streams of channels and runs, everywhere, and refuse its tokens so far.
 
         Other processes follow within two seconds. Browsers reconnect, and are asked for their
-        rights anew. Tokens that are issued from now on are valid.
+        rights anew. Tokens that are issued from now on are valid. Generator streams go on, as do
+        the producers of runs: nothing but their view knows whose they are. A view that streams for
+        long looks itself, or yields less in one response.
 
         :param user: the user's key, as :meth:`identify` or :meth:`token` have it.
         :raises RightsError: if it is no key, or ``None``.
