@@ -111,7 +111,7 @@ class RequestEnd:
         self._close = close
         self._mutex = concurrency.new_mutex()
         self._users = 1
-        self._is_torn_down = False
+        self._context: object = _cv_request.get()
         # A response that is garbage before has done the same by itself.
         self._responses: list[weakref.ref[Response]] = []
 
@@ -134,13 +134,14 @@ class RequestEnd:
 
     def __call__(self) -> None:
         """Close what no server has taken, and the files once nobody uses them."""
+        if _cv_request.get() is not self._context:
+            # It is a copy of the request's context that ends, or the request has ended before.
+            return
+        self._context = None
         responses, self._responses = self._responses, []
         for response in responses:
             close_source(response())
-        # A test client that preserves contexts has them torn down twice.
-        is_torn_down, self._is_torn_down = self._is_torn_down, True
-        if not is_torn_down:
-            self.leave()
+        self.leave()
 
     def enter(self) -> None:
         """Keep the files open until :meth:`leave`."""

@@ -445,16 +445,36 @@ def test_uploaded_files_stay_open_as_long_as_the_stream(
 
 def test_files_are_closed_once_and_with_their_last_user(app: Flask) -> None:
     closed: list[int] = []
-    end = RequestEnd(lambda: closed.append(1))
-    end.enter()
-    end()
-    end()
-    assert closed == []
-    end.leave()
-    assert closed == [1]
-    end.enter()
-    end.leave()
-    assert closed == [1]
+    with app.test_request_context():
+        end = RequestEnd(lambda: closed.append(1))
+        end.enter()
+        end()
+        end()
+        assert closed == []
+        end.leave()
+        assert closed == [1]
+        end.enter()
+        end.leave()
+        assert closed == [1]
+
+
+def test_the_end_of_a_copy_of_the_context_is_not_that_of_the_request(
+    app: Flask, client: FlaskClient
+) -> None:
+    @app.after_request
+    def audit(response: Response) -> Response:
+        thread = threading.Thread(target=flask.copy_current_request_context(lambda: None))
+        thread.start()
+        thread.join(20)
+        return response
+
+    def items() -> Iterator[str]:
+        yield "begun"
+        yield request.files["csv"].read().decode()
+
+    app.add_url_rule("/", view_func=lambda: EventStreamResponse(items()), methods=["POST"])
+    answer = client.post("/", data={"csv": (io.BytesIO(b"row"), "a.csv")})
+    assert "data: row\n" in answer.text
 
 
 @pytest.mark.parametrize("fails_in", ["after_request", "receiver"])
