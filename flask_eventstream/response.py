@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
     from .hub import SocketHub
-    from .shutdown import Shutdown
 
 HEADERS = {
     # no-transform: a proxy that compresses would hold events back until its buffer is full.
@@ -114,6 +113,7 @@ class EventStreamResponse(Response):
             del self.headers["Content-Type"]
         # The body would be closed only by a server that has begun to iterate it.
         super().call_on_close(partial(close_stream, to_close))
+        self._shutdown = shutdown_in_use()
         self._request_end = RequestEnd.of_request()
         self._request_end.add(self)
 
@@ -134,8 +134,8 @@ class EventStreamResponse(Response):
             self._request_end.take(self)
             if self._generated is not None:
                 self._generated.hold()
-        stream, hub, shutdown = self.response, self._hub, shutdown_in_use()
-        bound = partial(self._bound, environ, shutdown)
+        stream, hub = self.response, self._hub
+        bound = partial(self._bound, environ)
         # Both may be something else: the body after an after_request function, and () for HEAD.
         if hub is not None and isinstance(stream, SubscriptionBody) and app_iter != ():
             server = hijack.server_socket(environ) if self._is_plain() else None
@@ -144,17 +144,18 @@ class EventStreamResponse(Response):
                 owner = self if self._has_closers else stream
                 hand_over = partial(_hand_over, hub, stream, owner)
                 items = _first_and_others(iter(app_iter), bound)
-                return hijack.HijackingBody(server, items, hand_over, shutdown.watch, self.close)
+                watch = self._shutdown.watch
+                return hijack.HijackingBody(server, items, hand_over, watch, self.close)
         bound()
         return app_iter
 
-    def _bound(self, environ: WSGIEnvironment, shutdown: Shutdown) -> None:
+    def _bound(self, environ: WSGIEnvironment) -> None:
         # A server that waits for a client who takes nothing cannot be told that it has to stop.
         if isinstance(self.response, SubscriptionBody):
             hijack.prepare(environ, self._max_lag, self.response.patience)
         cut = hijack.cutter(environ)
         if cut is not None:
-            super().call_on_close(shutdown.cut_late(cut))
+            super().call_on_close(self._shutdown.cut_late(cut))
 
     def _is_plain(self) -> bool:
         size = sum([len(name) + len(value) for name, value in self.headers])
