@@ -109,24 +109,20 @@ def subscribed(
             if follow is not None:
                 follow()
             subscription = state.broker.subscribe(*names, last_event_id=cursor(), history=history)
-        except BrokerUnavailableError as error:
-            return come_again(state.config, error)
-        stay = None
-        try:
-            start = first_events(state.config, subscription, snapshot)
+            unless_kept.callback(subscription.close)
+            first_events(state.config, subscription, snapshot)
+            stay = None
             if is_member:
                 stay = state.members.enter(names[0], member_name(member, place.user))
+                unless_kept.callback(stay.leave)
                 if not subscription.resumed:
                     # Behind all that history has of joins and leaves.
                     subscription.put_behind(present_event(state.members, names[0]))
-                start = subscription.start
         except BrokerUnavailableError as error:
-            subscription.close()
             return come_again(state.config, error)
-        except BaseException:
-            subscription.close()
-            raise
-        return open_stream(state, subscription, start, place, stay)
+        response = open_stream(state, subscription, subscription.start, place, stay)
+        unless_kept.pop_all()
+        return response
 
 
 def open_stream(
