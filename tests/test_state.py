@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from flask import Flask
 
@@ -7,6 +9,12 @@ from flask_eventstream import MemoryBroker
 from flask_eventstream.errors import ConfigurationError, NotRegisteredError
 from flask_eventstream.run_registry import MemoryRegistry
 from flask_eventstream.state import app_in_use, current_state, new_state
+from flask_eventstream.testing import client_stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flask_eventstream import EventStream
 
 
 def test_an_app_has_what_its_configuration_says() -> None:
@@ -46,3 +54,22 @@ def test_without_a_blueprint_an_app_has_no_state(app: Flask) -> None:
         assert current_state() is app.extensions["eventstream"]
     with Flask("other").app_context(), pytest.raises(NotRegisteredError, match="'other'"):
         current_state()
+
+
+def test_of_a_stream_that_ends_as_it_should_not_operators_are_told(
+    make_app: Callable[..., Flask], eventstream: EventStream, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(HISTORY=1, MAX_EVENT_BYTES=20_000)
+    with client_stream(app.test_client(), "/stream"):
+        pass
+    assert "A stream has ended" not in caplog.text
+    with app.app_context(), client_stream(app.test_client(), "/stream") as stream:
+        for _ in range(50):
+            eventstream.publish("x" * 10_000)
+        with pytest.raises(EOFError):
+            stream.next()
+    [record] = [one for one in caplog.records if one.name == "flask_eventstream.state"]
+    evidence = vars(record)["eventstream"]
+    assert record.levelname == "WARNING"
+    assert (evidence["reason"], evidence["channels"]) == ("lagged", ("sse",))
+    assert f"reason=lagged connection={evidence['connection']}" in record.getMessage()
