@@ -135,7 +135,7 @@ class GeneratorBody:
                 self._turn.error = None
 
     def __del__(self) -> None:
-        # Who drops it without closing it must not leave the request without its end.
+        # A server that drops it without closing it must not leave the request without its end.
         self.close()
 
 
