@@ -111,15 +111,6 @@ class ServerSentEventsBlueprint(Rights):
         super().__init__(name, import_name, **options)
         self._mutex = concurrency.new_mutex()
 
-    def register(self, app: App, options: dict[str, Any]) -> None:
-        """Register with an app; see :meth:`flask.Flask.register_blueprint`.
-
-        :raises ConfigurationError: if a value of the configuration cannot be used.
-        """
-        super().register(app, options)
-        if _url_of(app):
-            self._install(app)
-
     @property
     def redis(self) -> Any:
         """A new :class:`redis.StrictRedis` for the Redis server of the current app.
@@ -221,6 +212,10 @@ class ServerSentEventsBlueprint(Rights):
                 if _BRIDGE not in extensions:
                     extensions[_BRIDGE] = _new_bridge(app, extensions["eventstream"])
         return extensions["eventstream"], extensions[_BRIDGE]
+
+    def _set_up(self, app: App) -> None:
+        if _url_of(app):
+            self._install(app)
 
     def _install(self, app: Any) -> None:
         with self._mutex:

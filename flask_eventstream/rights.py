@@ -86,10 +86,17 @@ class Rights(Blueprint):
         self._identify = PerApp()
 
     def register(self, app: App, options: dict[str, Any]) -> None:
-        """Register with an app; see :meth:`flask.Flask.register_blueprint`."""
+        """Register with an app; see :meth:`flask.Flask.register_blueprint`.
+
+        :raises ConfigurationError: if a value of the configuration cannot be used.
+        """
         super().register(app, options)
+        self._set_up(app)
         self._authority.register(app)
         self._identify.register(app)
+
+    def _set_up(self, app: App) -> None:
+        """Do what else it takes; an app where that fails is not registered."""
 
     def authorize(self, may_read: MayRead) -> MayRead:
         """Decorate the function that tells whether the current request may read a channel.

@@ -10,6 +10,7 @@ import pytest
 from flask import Blueprint, Flask
 
 from flask_eventstream import EventStream, eventstream
+from flask_eventstream.errors import ConfigurationError
 from flask_eventstream.flask_sse import ServerSentEventsBlueprint
 from flask_eventstream.rights import PerApp
 from flask_eventstream.testing import client_stream
@@ -94,6 +95,18 @@ def test_what_replaces_the_function_of_the_newest_app_is_in_force_at_once(shared
     assert [opened(first), opened(second)] == ["a", "b"]
     shared.authorize(only("c"))
     assert [opened(first), opened(second)] == ["a", "c"]
+
+
+def test_an_app_that_could_not_register_is_not_the_newest(shared: Any) -> None:
+    first = new_app(shared)
+    shared.authorize(only("a"))
+    bad = Flask("bad")
+    bad.config["EVENTSTREAM_BROKER_URL"] = "none"
+    with pytest.raises(ConfigurationError):
+        bad.register_blueprint(shared)
+    shared.authorize(only("b"))
+    assert opened(first) == "b"
+    assert opened(new_app(shared)) == "b"
 
 
 def test_an_app_that_registers_the_blueprint_twice_is_one_app(shared: Any) -> None:
