@@ -112,15 +112,15 @@ class Places:
             if limit is not None and number >= limit:
                 raise NoPlaceError(whose)
 
-    def finish(self, user: str, revoked: float) -> None:
+    def finish(self, user: str | None, revoked: float) -> None:
         """End every stream of a user, but for those with a token that is newer.
 
-        :param user: the user's key.
+        :param user: the user's key; ``None`` for every user that is known.
         :param revoked: when its tokens were revoked, by :func:`time.time`.
         """
         with self._mutex:
             self._remove_released()
-            seats = tuple(self._of_users.of(user))
+            seats = self._of_users.all() if user is None else tuple(self._of_users.of(user))
         for seat in seats:
             if seat.issued is None or seat.issued <= revoked:
                 seat.finish()
@@ -163,6 +163,9 @@ class _Seats:
 
     def of(self, key: str | None) -> Collection[_Seat]:
         return () if key is None or key not in self._found else self._found[key][1]
+
+    def all(self) -> tuple[_Seat, ...]:
+        return tuple([seat for _, seats in self._found.values() for seat in seats])
 
     def shared(self, key: str | None) -> str | None:
         # Of a thousand subscribers behind one address, each would have a copy of it.

@@ -15,7 +15,8 @@ With the prefix ``eventstream:`` and the database 0, the keys are:
 ``eventstream:0:processes``, ``eventstream:0:process:<token>``
     The processes that serve subscribers, and how many of each channel. Each has a lease of its own.
 ``eventstream:0:revoked``
-    A stream: whose rights were revoked, and when; see ``revocations``.
+    A stream: whose rights were revoked, and when; see ``revocations``, as for
+    ``eventstream:0:revoked:users``.
 ``eventstream:0:run:<key>``, ``eventstream:0:producer:<token>``, ``eventstream:0:owner:<digest>``
     How a run stands, the lease of a process that has runs, and the runs of an owner; see
     ``redis_runs``. The log of a run is a channel whose name no publisher can give.

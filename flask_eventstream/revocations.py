@@ -3,6 +3,10 @@
 Each process has a copy of what it needs for that. With Redis there is a stream of all revocations,
 which a process reads once a second while it has streams of users that are known, and otherwise
 when it is asked about a user.
+
+A limited number of users is remembered, each with the latest time. Beyond that the oldest one is
+forgotten, and its time becomes the *floor*: a token that is no younger may have been revoked, and
+is refused.
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ import math
 import threading
 import time
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import concurrency
 from .errors import BrokerUnavailableError
+from .redis_scripts import Script
 from .tokens import MAX_AGE
 
 if TYPE_CHECKING:
@@ -28,7 +33,69 @@ _KEPT_SECONDS = MAX_AGE + _CLOCKS_DIFFER_SECONDS
 _READ_AT_ONCE = 10_000
 _SWEPT_AT_ONCE = 16
 
+MAX_USERS = 100_000
+"""How many users are remembered whose rights were revoked."""
+
+ADD = """
+-- Enters that a user's rights were revoked. KEYS: 1 the stream, 2 a hash that has the latest entry
+-- of each user and its time; the floor; and the latest entry that was forgotten for it.
+-- ARGV: 1 the user, 2 the time, 3 for how many seconds it is kept, 4 how many users are remembered,
+-- 5 by how many seconds clocks may differ.
+local clock = redis.call('TIME')
+local user, at, index = ARGV[1], ARGV[2], 'user:' .. ARGV[1]
+local before, was = string.match(redis.call('HGET', KEYS[2], index) or '', '^(%d+%-%d+) ([%d.]+)$')
+if (tonumber(was) or 0) > tonumber(at) then
+  at = was
+end
+-- By its own clock Redis gives each entry a place behind all others, so that none is overlooked.
+local id = redis.call('XADD', KEYS[1], '*', 'user', user, 'at', at)
+redis.call('HSET', KEYS[2], index, id .. ' ' .. at)
+if before then
+  redis.call('XDEL', KEYS[1], before)
+end
+for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 16)) do
+  local is_old = tonumber(string.match(entry[1], '%d+')) < (clock[1] - ARGV[3]) * 1000
+  if not is_old and redis.call('XLEN', KEYS[1]) <= tonumber(ARGV[4]) then
+    break
+  end
+  local name, time = 'user:' .. (entry[2][2] or ''), entry[2][4] or ''
+  redis.call('XDEL', KEYS[1], entry[1])
+  if redis.call('HGET', KEYS[2], name) == entry[1] .. ' ' .. time then
+    redis.call('HDEL', KEYS[2], name)
+  end
+  if not is_old then
+    local floor = tonumber(redis.call('HGET', KEYS[2], 'floor') or 0) or 0
+    local when = tonumber(time) or 0
+    if when > floor and when <= clock[1] + ARGV[5] then
+      redis.call('HSET', KEYS[2], 'floor', time)
+    end
+    redis.call('HSET', KEYS[2], 'forgotten', entry[1])
+  end
+end
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+return id
+"""
+"""Enters a revocation, and forgets what is too old or too much. Twice does no harm."""
+
+_add = Script(ADD)
+
 _logger = logging.getLogger(__name__)
+
+
+class Floor(NamedTuple):
+    """Up to when tokens may have been revoked without that it is known.
+
+    ``time`` is in seconds since the epoch of Unix, ``entry`` the id of the latest entry that was
+    forgotten for it.
+    """
+
+    time: float
+    entry: tuple[int, ...]
+
+
+NO_FLOOR = Floor(-math.inf, ())
+"""As long as nothing was forgotten."""
 
 
 class RevocationLog:
@@ -41,6 +108,7 @@ class RevocationLog:
     def __init__(self, link: RedisLink, key: bytes) -> None:
         self._link = link
         self._key = key
+        self._index = key + b":users"
         self.address = link.address
 
     def add(self, user: str, when: float) -> None:
@@ -48,20 +116,13 @@ class RevocationLog:
 
         :raises BrokerUnavailableError: if Redis did not answer, or refused.
         """
-        oldest = int((time.time() - _KEPT_SECONDS) * 1000)
         # A key that an app has from JSON may have lone surrogates.
-        key = user.encode("utf-8", "surrogatepass")
-        # By its own clock Redis gives each entry a place behind all others, so that none is
-        # overlooked. It does no harm to have one twice.
-        self._link.pipeline(
-            [
-                ("XADD", self._key, "MINID", "~", oldest, "*", "user", key, "at", repr(when)),
-                ("EXPIRE", self._key, _KEPT_SECONDS),
-            ]
-        )
+        entry = user.encode("utf-8", "surrogatepass"), repr(when)
+        arguments = *entry, _KEPT_SECONDS, MAX_USERS, _CLOCKS_DIFFER_SECONDS
+        self._link.call(_add, (self._key, self._index), lambda _: arguments)
 
-    def behind(self, last: bytes) -> tuple[list[tuple[str, float] | None], bytes]:
-        """Return the next users and times behind an entry, and the id of the last one of them.
+    def behind(self, last: bytes) -> tuple[list[tuple[str, float] | None], bytes, Floor]:
+        """Return the next users and times behind an entry, the id of the last one, and the floor.
 
         Each entry that is no revocation is ``None``.
 
@@ -71,20 +132,29 @@ class RevocationLog:
         command = ("XRANGE", self._key, first, "+", "COUNT", _READ_AT_ONCE)
         # Requests wait for this: it is not tried for as long as what is to be published.
         begin = time.monotonic() - self._link.patience
-        [entries] = self._link.read([command], begin)
+        # The floor is asked for behind them: what is forgotten in between is in one of both.
+        ask_floor = ("HMGET", self._index, "floor", "forgotten")
+        entries, floor = self._link.read([command, ask_floor], begin)
         found = [self._revocation(fields) for _, fields in entries or ()]
-        return found, entries[-1][0] if entries else last
+        return found, entries[-1][0] if entries else last, self._floor(*(floor or (None, None)))
+
+    def _floor(self, at: bytes | None, entry: bytes | None) -> Floor:
+        if at is None or entry is None:
+            return NO_FLOOR
+        try:
+            first, _, second = entry.partition(b"-")
+            when = _time(at)
+            return Floor(when, (int(first), int(second)))
+        except ValueError:
+            self._link.leave_out(self._index)
+            return NO_FLOOR
 
     def _revocation(self, fields: dict[bytes, bytes]) -> tuple[str, float] | None:
         try:
-            when = float(fields[b"at"])
-            # Nor is it one if it would hold for ever.
-            if 0 <= when <= time.time() + _CLOCKS_DIFFER_SECONDS:
-                return fields[b"user"].decode("utf-8", "surrogatepass"), when
+            return fields[b"user"].decode("utf-8", "surrogatepass"), _time(fields[b"at"])
         except (KeyError, ValueError):
-            pass
-        self._link.leave_out(self._key)
-        return None
+            self._link.leave_out(self._key)
+            return None
 
 
 class Revocations:
@@ -99,6 +169,7 @@ class Revocations:
         self._log = log
         self._last = b""
         self._times: dict[str, float] = {}
+        self._floor = -math.inf
         self._start()
         concurrency.call_after_fork(self._start)
 
@@ -126,7 +197,7 @@ class Revocations:
         :param issued: when it was issued, by :func:`time.time`.
         """
         with self._mutex:
-            return issued <= self._times.get(user, -math.inf)
+            return issued <= max(self._floor, self._times.get(user, -math.inf))
 
     def refresh(self) -> None:
         """Learn what others have revoked, unless that was done within the last second.
@@ -149,9 +220,11 @@ class Revocations:
 
     def _read(self, log: RevocationLog) -> None:
         while True:
-            found, self._last = log.behind(self._last)
+            before = self._last
+            found, self._last, floor = log.behind(before)
             for user, when in filter(None, found):
                 self._note(user, when)
+            self._note_floor(floor, before)
             if len(found) < _READ_AT_ONCE:
                 return
 
@@ -165,7 +238,17 @@ class Revocations:
             for other, time_of_other in tuple(islice(self._times.items(), _SWEPT_AT_ONCE)):
                 if time_of_other < oldest:
                     del self._times[other]
+            while len(self._times) > MAX_USERS:
+                forgotten = self._times.pop(next(iter(self._times)))
+                self._floor = max(self._floor, forgotten)
         self._places.finish(user, when)
+
+    def _note_floor(self, floor: Floor, last: bytes) -> None:
+        with self._mutex:
+            self._floor = max(self._floor, floor.time)
+        if floor.entry > tuple(map(int, last.split(b"-") if last else ())):
+            # Something was forgotten before this process has read it.
+            self._places.finish(None, floor.time)
 
     def follow(self) -> None:
         """Have the streams of users end as soon as others revoke their rights.
@@ -207,3 +290,11 @@ class Revocations:
         with self._mutex:
             self._is_followed = self._places.has_users
             return not self._is_followed
+
+
+def _time(text: bytes) -> float:
+    when = float(text)
+    # It is none if it would hold for ever.
+    if not 0 <= when <= time.time() + _CLOCKS_DIFFER_SECONDS:
+        raise ValueError(text)
+    return when

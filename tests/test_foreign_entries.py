@@ -14,7 +14,7 @@ import redis.exceptions
 from flask_eventstream.errors import BrokerUnavailableError
 from flask_eventstream.redis_broker import RedisBroker
 from flask_eventstream.redis_scripts import Keys, MalformedError, Message, Record
-from flask_eventstream.revocations import RevocationLog
+from flask_eventstream.revocations import NO_FLOOR, RevocationLog
 from flask_eventstream.run_registry import Write
 
 from .servers import DEADLINE, wait_for
@@ -226,15 +226,33 @@ def test_revocations_that_cannot_be_are_left_out(
         site.redis.xadd(site.key("revoked"), {"user": b"\xff", "at": b"1"})
         site.redis.xadd(site.key("revoked"), {"users": "ada"})
     log.add("after", 2.5)
-    found, last = log.behind(b"")
+    found, last, floor = log.behind(b"")
+    assert floor == NO_FLOOR
     when = dict(filter(None, found))
     assert when.pop("ada") in (1.5, 1.0, 10.0)
     assert when == {"before": 1.5, "after": 2.5}
-    assert log.behind(last) == ([], last)
+    assert log.behind(last) == ([], last, NO_FLOOR)
     assert len([one for one in caplog.messages if "left out" in one]) == 1
     site.redis.delete(site.key("revoked"))
     site.redis.set(site.key("revoked"), "x")
-    assert log.behind(b"") == ([], b"")
+    assert log.behind(b"") == ([], b"", NO_FLOOR)
+
+
+def test_a_floor_that_cannot_be_refuses_nobody(site: Site) -> None:
+    log = site.broker.revocation_log
+    assert isinstance(log, RevocationLog)
+    for at, entry in (
+        ("inf", "1-0"),
+        ("nan", "1-0"),
+        ("soon", "1-0"),
+        ("1.5", "x"),
+        ("1.5", "1-x"),
+    ):
+        site.redis.hset(site.key("revoked:users"), mapping={"floor": at, "forgotten": entry})
+        assert log.behind(b"")[2] == NO_FLOOR
+    site.redis.hset(site.key("revoked:users"), "user:ada", "x inf")
+    log.add("ada", 2.5)
+    assert log.behind(b"")[0] == [("ada", 2.5)]
 
 
 def test_a_batch_of_entries_that_are_none_hides_nothing_behind_it(

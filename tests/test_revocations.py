@@ -16,7 +16,7 @@ from flask_eventstream.errors import BrokerUnavailableError
 from flask_eventstream.places import Place, Places
 from flask_eventstream.redis_link import RedisLink
 from flask_eventstream.redis_scripts import Keys
-from flask_eventstream.revocations import RevocationLog, Revocations
+from flask_eventstream.revocations import MAX_USERS, NO_FLOOR, RevocationLog, Revocations
 
 from .redis_server import given_up_soon
 from .servers import serving, wait_for
@@ -57,6 +57,14 @@ class Process:
         self.revocations._fresh_until = 0
         self.revocations.refresh()
         return self.revocations.is_revoked(user, 0)
+
+
+class Clock:
+    """The time of day, which goes on when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "time", lambda: self.now)
 
 
 @pytest.fixture
@@ -105,7 +113,111 @@ def test_what_no_token_outlives_is_forgotten(monkeypatch: pytest.MonkeyPatch) ->
     assert set(revocations._times) == {"me", "you"}
 
 
+def test_beyond_a_number_of_users_the_oldest_is_forgotten_and_its_tokens_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "MAX_USERS", 3)
+    clock = Clock(monkeypatch)
+    revocations = Revocations(Places())
+    for user in ("a", "b", "c", "a", "a", "c"):
+        revocations.revoke(user)
+        clock.now += 1
+    assert not revocations.is_revoked("somebody", 0)
+    first, second = clock.now, clock.now + 1
+    revocations.revoke("d")
+    assert len(revocations._times) == 3
+    # That of "b" is known no more, and so nobody's is who has one of its time.
+    assert revocations.is_revoked("b", 1)
+    assert revocations.is_revoked("somebody", 1)
+    assert not revocations.is_revoked("somebody", 1.5)
+    assert revocations.is_revoked("d", first)
+    assert not revocations.is_revoked("d", second)
+
+
+def test_a_hundred_thousand_users_are_remembered() -> None:
+    revocations = Revocations(Places())
+    for n in range(MAX_USERS + 10):
+        revocations.revoke(str(n))
+    assert len(revocations._times) == MAX_USERS
+
+
 # --- In many
+
+
+def test_in_redis_no_more_users_are_remembered_than_in_a_process(
+    redis: RedisServer, start: MakeProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "MAX_USERS", 3)
+    clock = Clock(monkeypatch)
+    prefix = redis.prefix()
+    one = start(redis, prefix)
+    # As often as somebody likes, and it is one that is remembered.
+    for user in ("a", "b", "c", *"a" * 20):
+        one.revoke(user)
+        clock.now += 1
+    late = start(redis, prefix)
+    assert not late.knows("somebody")
+    one.revoke("d")
+    assert redis.redis.xlen(one.key) == 3
+    assert redis.redis.hlen(one.key + b":users") == 3 + 2
+    for process in (one, late, start(redis, prefix)):
+        assert process.knows("somebody")
+        assert process.revocations.is_revoked("b", 1)
+        assert not process.revocations.is_revoked("somebody", 1.5)
+        assert process.revocations.is_revoked("c", 2)
+        assert not process.revocations.is_revoked("c", 2.5)
+
+
+def test_a_clock_that_is_behind_takes_nothing_back(
+    redis: RedisServer, start: MakeProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    prefix = redis.prefix()
+    one = start(redis, prefix)
+    clock.now = 100
+    one.revoke("me")
+    clock.now = 50
+    one.revoke("me")
+    late = start(redis, prefix)
+    assert late.knows("me")
+    assert late.revocations.is_revoked("me", 99)
+
+
+def test_what_is_too_old_is_forgotten_in_redis_and_is_no_floor(
+    redis: RedisServer, start: MakeProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = redis.prefix()
+    one = start(redis, prefix)
+    for n in range(20):
+        redis.redis.xadd(one.key, {"user": f"old{n}", "at": "5"}, id=f"{n + 1}-0")
+    redis.redis.hset(one.key + b":users", "user:old1", "2-0 5")
+    one.revoke("me")
+    one.revoke("you")
+    assert redis.redis.xlen(one.key) == 2
+    assert set(redis.redis.hkeys(one.key + b":users")) == {b"user:me", b"user:you"}
+    late = start(redis, prefix)
+    assert late.knows("me")
+    assert not late.knows("somebody")
+
+
+def test_who_did_not_hear_what_was_forgotten_ends_all_it_may_concern(
+    redis: RedisServer, start: MakeProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "MAX_USERS", 3)
+    clock = Clock(monkeypatch)
+    prefix = redis.prefix()
+    one, two, three = (start(redis, prefix) for _ in range(3))
+    one.revoke("first")
+    for process in (two, three):
+        assert process.knows("first")
+    old, new, own = (two.places.take("192.0.2.1", *who) for who in (("a", 1), ("b", 9), ("c",)))
+    heard = three.places.take("192.0.2.1", "a", 1)
+    clock.now = 2
+    for n in range(6):
+        one.revoke(str(n))
+        three.knows("first")
+    two.knows("first")
+    assert [place.is_finished for place in (old, new, own, heard)] == [True, False, True, False]
 
 
 def test_what_one_process_revokes_the_others_learn(redis: RedisServer, start: MakeProcess) -> None:
@@ -157,7 +269,7 @@ def test_others_are_asked_once_a_second_and_before_a_token_opens_anything(
     assert room._POLL_SECONDS == 1
     log, pauses = RevocationLog(RedisLink("redis://127.0.0.1:1", 5, 1), b"key"), []
     read = iter([[("me", time.time())], []])
-    monkeypatch.setattr(log, "behind", lambda last: (next(read), b""))
+    monkeypatch.setattr(log, "behind", lambda last: (next(read), b"", NO_FLOOR))
     revocations = Revocations(Places(), log)
     revocations.refresh()
     assert revocations.is_revoked("me", 0)
