@@ -119,16 +119,14 @@ class MemoryBroker(LocalBroker):
         if is_read:
             self._channels.ring()
 
-    def end_log(self, run: str) -> None:
-        """End all who read the log of a run, now or later, after what it has."""
+    def end_log(self, run: str) -> int:
+        """End all who read the log of a run, now or later; return how much it has, in bytes."""
+        name = LOG_PREFIX + run
         with self._mutex:
-            self._channels.finish_channel(LOG_PREFIX + run, self._channels.position)
+            self._channels.finish_channel(name, self._channels.position)
         self._channels.ring()
-
-    def size_of_log(self, run: str) -> int:
-        """Return how much is kept of the log of a run, in bytes."""
         with self._mutex:
-            return sum(one.bytes for one in self._channels.histories([LOG_PREFIX + run]))
+            return sum(one.bytes for one in self._channels.histories([name]))
 
     def forget_log(self, run: str) -> None:
         """Forget what the log of a run has; who reads it goes on."""

@@ -137,11 +137,8 @@ class Logs(Protocol):
     def write_log(self, run: str, wire: bytes) -> None:
         """Append some events to a log."""
 
-    def end_log(self, run: str) -> None:
-        """End all who read a log, after what it has."""
-
-    def size_of_log(self, run: str) -> int:
-        """Return how much a log has, in bytes."""
+    def end_log(self, run: str) -> int:
+        """End all who read a log, after what it has; return how much that is, in bytes."""
 
     def forget_log(self, run: str) -> None:
         """Forget what a log has."""
@@ -258,9 +255,8 @@ class MemoryRegistry(RunRegistry):
         self._standings[key] = standing
         if not standing.is_active:
             del self._stops[standing.run]
-            self._logs.end_log(standing.run)
+            self._sizes[standing.run] = size = self._logs.end_log(standing.run)
             self._ended.append((self._clock(), key, standing.run))
-            self._sizes[standing.run] = size = self._logs.size_of_log(standing.run)
             self._ended_bytes += size
             self._sweep()
 

@@ -718,6 +718,10 @@ def test_the_rights_in_the_documentation_are_enough(own_redis: RedisServer) -> N
     registry.close()
     wait_for(lambda: b"event: lost" in (reader.take(DEADLINE) or b""))
     reader.close()
+    assert broker.revocation_log
+    broker.revocation_log.add("ada", 1.5)
+    broker.revocation_log.add("ada", 2.5)
+    assert broker.revocation_log.behind(b"")[0] == [("ada", 2.5)]
     stay = broker.members(0.01).enter("sse", "ada")
     stay.leave()
     members = broker.subscribe("sse", history=2)
