@@ -171,11 +171,16 @@ class Watcher:
     def open(self) -> None:
         """Start to watch, for the thread or the greenlet that calls :meth:`wait` later."""
         self.is_greenlet = concurrency.runs_in_greenlet()
-        self._epoll = concurrency.original("select", "epoll")()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # Edge-triggered, an eventfd tells of each write and never has to be read.
-        self._epoll.register(self._bell, _HAS_INPUT | _EDGE_TRIGGERED)
-        self.is_open = True
+        try:
+            self._epoll = concurrency.original("select", "epoll")()
+            self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            # Edge-triggered, an eventfd tells of each write and never has to be read.
+            self._epoll.register(self._bell, _HAS_INPUT | _EDGE_TRIGGERED)
+            self.is_open = True
+        except BaseException:
+            # The next one who comes tries again.
+            self._close()
+            raise
 
     def add(self, descriptor: int) -> None:
         """Watch a socket."""
@@ -222,8 +227,13 @@ class Watcher:
         if self.is_greenlet:
             concurrency.switch()
 
+    def _close(self) -> None:
+        if self._epoll is not None:
+            self._epoll.close()
+        if self._bell >= 0:
+            close(self._bell)
+        self._epoll, self._bell, self.is_open = None, -1, False
+
     def __del__(self) -> None:
         self.close_removed()
-        if self.is_open:
-            self._epoll.close()
-            close(self._bell)
+        self._close()

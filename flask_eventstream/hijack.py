@@ -169,19 +169,19 @@ class HijackingBody:
 
     :param server: the socket as the server has it.
     :param body: the body to send; its first item is small.
-    :param hand_over: takes the client's socket, with what has to be sent first. What it raises says
-        that it has not taken it.
-    :param then: called once it is taken. What it raises is the server's.
+    :param hand_over: takes the client's socket, with what has to be sent first. If it raises, it
+        has not taken it; what is raised once it has, it returns.
     :param close: called at the end, once, unless the socket was handed over.
+    :param then: called once the socket is taken.
     """
 
     def __init__(
         self,
         server: ServerSocket,
         body: Iterator[bytes],
-        hand_over: Callable[[Hijacked], None],
-        then: Callable[[], object],
+        hand_over: Callable[[Hijacked], BaseException | None],
         close: Callable[[], None],
+        then: Callable[[], object],
     ) -> None:
         self._server = server
         self._body = body
@@ -198,7 +198,9 @@ class HijackingBody:
     def __next__(self) -> bytes:
         if not self._first:
             self._first = next(self._body)
-            self._pair = _Pair.put_in_place_of(self._server)
+            self._pair = _Pair(self._server.socket)
+            if not self._pair.put_in_place():
+                self._pair = None
             return self._first
         if self._pair is not None and not self._is_over:
             self._hijack(self._pair)
@@ -221,15 +223,19 @@ class HijackingBody:
 
     def _give_away(self, client: socket.socket, head: bytes, is_chunked: bool) -> None:
         hijacked = Hijacked(client.fileno(), head, is_chunked)
-        # The number must never be closed by two, or the second one closes a connection that has
-        # got it meanwhile. So it has no object any more when somebody else gets it.
-        client.detach()
         try:
-            self._hand_over(hijacked)
+            self._is_over = True
+            # The number must never be closed by two, or the second one closes a connection that has
+            # got it meanwhile. So it has no object any more when somebody else gets it.
+            client.detach()
+            error = self._hand_over(hijacked)
         except BaseException:
-            descriptors.close(hijacked.descriptor)
+            self._is_over = False
+            if client.fileno() < 0:
+                descriptors.close(hijacked.descriptor)
             raise
-        self._is_over = True
+        if error is not None:
+            raise error
         self._then()
 
     def close(self) -> None:
@@ -242,30 +248,28 @@ class HijackingBody:
         self._close()
 
 
-class _Pair(NamedTuple):
-    server: socket.socket
-    client: socket.socket
-    ours: socket.socket
+class _Pair:
+    # The client's socket, and what is in its place.
+    def __init__(self, server: socket.socket) -> None:
+        self.server = server
+        self._own = ExitStack()
 
-    @classmethod
-    def put_in_place_of(cls, server: ServerSocket) -> _Pair | None:
-        with ExitStack() as unless_done:
-            try:
-                client = unless_done.enter_context(server.socket.dup())
-                ours, theirs = map(unless_done.enter_context, socket.socketpair())
-            except OSError:
-                # No descriptors are left. The response goes on without.
-                return None
-            # The server reads the end of its connection from the start, and never waits.
-            ours.shutdown(socket.SHUT_WR)
-            ours.setblocking(False)
-            pair = cls(server.socket, client, ours)
-            descriptor = server.socket.fileno()
-            os.set_blocking(theirs.fileno(), os.get_blocking(descriptor))
-            os.dup2(theirs.fileno(), descriptor, inheritable=False)
-            theirs.close()
-            unless_done.pop_all()
-        return pair
+    def put_in_place(self) -> bool:
+        try:
+            self.client = self._own.enter_context(self.server.dup())
+            self.ours, theirs = map(self._own.enter_context, socket.socketpair())
+        except OSError:
+            # No descriptors are left. The response goes on without.
+            self.close()
+            return False
+        # The server reads the end of its connection from the start, and never waits.
+        self.ours.shutdown(socket.SHUT_WR)
+        self.ours.setblocking(False)
+        descriptor = self.server.fileno()
+        os.set_blocking(theirs.fileno(), os.get_blocking(descriptor))
+        os.dup2(theirs.fileno(), descriptor, inheritable=False)
+        theirs.close()
+        return True
 
     def written(self) -> bytes:
         written = b""
@@ -280,8 +284,7 @@ class _Pair(NamedTuple):
         self.server.sendall(written)
 
     def close(self) -> None:
-        self.client.close()
-        self.ours.close()
+        self._own.close()
 
 
 def _is_chunked(written: bytes, first: bytes) -> bool | None:

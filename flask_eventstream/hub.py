@@ -90,7 +90,7 @@ class SocketHub:
 
         :raises OSError: if it cannot be watched, for want of descriptors or memory.
         :raises RuntimeError: if no thread can be started. Whatever this raises, its socket is still
-            the caller's; once this returns, it belongs to the hub.
+            the caller's unless :meth:`has` says that it is the hub's, as it is once this returns.
         """
         with self._mutex:
             if not self._watcher.is_open:
@@ -106,8 +106,18 @@ class SocketHub:
                 # The last step. The loop looks for it behind the mutex, before it waits.
                 self._arrived.append(subscriber)
         except BaseException:
-            self._watcher.forget(subscriber.descriptor)
+            if not self.has(subscriber):
+                self._watcher.forget(subscriber.descriptor)
             raise
+
+    def has(self, subscriber: Subscriber) -> bool:
+        """Tell whether a subscriber's socket is, or was, the hub's; from any thread."""
+        # In the order in which it goes its way, so that it is found wherever it is meanwhile.
+        return (
+            subscriber in tuple(self._arrived)
+            or self._members.all.get(subscriber.descriptor) is subscriber
+            or subscriber.moved > 0
+        )
 
     def _start(self) -> None:
         if not self._is_running:

@@ -145,7 +145,7 @@ class EventStreamResponse(Response):
                 hand_over = partial(_hand_over, hub, stream, owner)
                 items = _first_and_others(iter(app_iter), bound)
                 watch = self._shutdown.watch
-                return hijack.HijackingBody(server, items, hand_over, watch, self.close)
+                return hijack.HijackingBody(server, items, hand_over, self.close, watch)
         bound()
         return app_iter
 
@@ -209,7 +209,7 @@ def _hand_over(
     stream: SubscriptionBody,
     owner: SubscriptionBody | EventStreamResponse,
     hijacked: hijack.Hijacked,
-) -> None:
+) -> BaseException | None:
     subscription = stream.subscription
     start = stream.take_start()
     wire = framed(start, hijacked.is_chunked) if start else b""
@@ -225,8 +225,13 @@ def _hand_over(
     )
     subscription.replay = None
     stream.finish_by(partial(hub.end, subscriber))
-    # The last step: what is raised behind it would have the socket closed that the hub has.
-    hub.add(subscriber, stream.patience)
+    try:
+        hub.add(subscriber, stream.patience)
+        return None
+    except BaseException as error:
+        if hub.has(subscriber):
+            return error
+        raise
 
 
 def _first_and_others(items: Iterator[bytes], bound: Callable[[], None]) -> Iterator[bytes]:

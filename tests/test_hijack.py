@@ -576,7 +576,7 @@ class StandIn:
     def __init__(
         self,
         head: bytes = HEAD,
-        take: Callable[[Hijacked], None] | None = None,
+        take: Callable[[Hijacked], BaseException | None] | None = None,
         then: Callable[[], object] = bool,
     ) -> None:
         self._client, self.socket = socket.socketpair()
@@ -586,7 +586,7 @@ class StandIn:
         self.closed = self.forgotten = 0
         server = ServerSocket(self.socket, self._forget_rest)
         take = take or self.taken.append
-        self.body = HijackingBody(server, iter(ITEMS), take, then, self._close)
+        self.body = HijackingBody(server, iter(ITEMS), take, self._close, then)
 
     def _forget_rest(self) -> None:
         self.forgotten += 1
