@@ -45,6 +45,8 @@ class Keeper:
 
     def delivered(self, wire: bytes) -> None: ...
 
+    def replayed(self, wire: bytes) -> None: ...
+
     def closed(self, body: SubscriptionBody) -> None:
         self.ends.append(body.reason)
 
