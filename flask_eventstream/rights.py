@@ -37,7 +37,8 @@ class PerApp:
 
     * What is told before an app registers is that app's, and that of those which come later, until
       something else is told.
-    * What is told behind the registration of an app that has nothing yet is for this one alone.
+    * What is told behind the registration of an app that has nothing yet is for this one alone; if
+      having nothing opens everything, for each app that has nothing.
     * What is told while the newest app has something already is for the next one that registers.
       Until there is one, the newest app goes by it.
 
@@ -46,27 +47,38 @@ class PerApp:
 
     def __init__(self) -> None:
         self._next: Any = None
-        self._newest: Callable[[], App | None] = lambda: None
+        self._registered: list[weakref.ref[App]] = []
 
-    def tell(self, value: Any) -> None:
-        """Take what a decorator was given."""
-        newest = self._newest()
+    def tell(self, value: Any, *, is_open: bool = False) -> None:
+        """Take what a decorator was given.
+
+        :param value: what it was given.
+        :param is_open: whether an app that has nothing opens everything.
+        """
+        newest = self._newest
         if newest is None or newest.extensions[_TOLD][self] is not None:
             self._next = value
-        else:
-            newest.extensions[_TOLD][self] = value
+            return
+        for app in [one() for one in self._registered] if is_open else [newest]:
+            if app is not None and app.extensions[_TOLD][self] is None:
+                app.extensions[_TOLD][self] = value
+
+    @property
+    def _newest(self) -> App | None:
+        return self._registered[-1]() if self._registered else None
 
     def register(self, app: App) -> None:
         """Take note of an app that registers."""
         told = app.extensions.setdefault(_TOLD, {})
         if self not in told:
             told[self] = self._next
-            self._newest = weakref.ref(app)
+            alive = [one for one in self._registered if one() is not None]
+            self._registered = [*alive, weakref.ref(app)]
 
     def of(self, app: App) -> Any:
         """Return what holds for an app; ``None`` if it was told nothing."""
         own = app.extensions.get(_TOLD, {}).get(self, self._next)
-        return self._next if app is self._newest() and self._next is not None else own
+        return self._next if app is self._newest and self._next is not None else own
 
 
 class Rights(Blueprint):
@@ -120,7 +132,7 @@ class Rights(Blueprint):
         """
         if not (callable(may_read) or hasattr(may_read, "may_read")):
             raise TypeError(f"{may_read!r} is no function, and has no method may_read()")
-        self._authority.tell(may_read)
+        self._authority.tell(may_read, is_open=self.is_open)
         return may_read
 
     def identify(self, function: Identify) -> Identify:

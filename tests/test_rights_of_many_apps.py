@@ -109,6 +109,16 @@ def test_an_app_that_could_not_register_is_not_the_newest(shared: Any) -> None:
     assert opened(new_app(shared)) == "b"
 
 
+def test_what_is_told_late_leaves_no_app_open_that_has_nothing() -> None:
+    shared = ServerSentEventsBlueprint("sse", __name__, url_prefix="/stream")
+    shared.add_url_rule("", "stream", shared.stream)
+    first, second = new_app(shared), new_app(shared)
+    shared.authorize(only("a"))
+    third = new_app(shared)
+    shared.authorize(only("b"))
+    assert [opened(app) for app in (first, second, third)] == ["a", "a", "b"]
+
+
 def test_an_app_that_registers_the_blueprint_twice_is_one_app(shared: Any) -> None:
     first = new_app(shared)
     second = new_app(shared)
