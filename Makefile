@@ -23,7 +23,7 @@ endif
 		$(BIN)/gunicorn -k gevent -w $(WORKERS) -b $(HOST):$(PORT) "example_app:create_app()"
 
 test: $(VENV)/.test
-	$(BIN)/python -m fuzz --seed 1 & fuzz=$$!; \
+	$(BIN)/python -m fuzz --seed 1 --cases 10000 & fuzz=$$!; \
 	sh tests/install_system_parts.sh && $(MAKE) lint && wait $$fuzz || { kill $$fuzz; exit 1; }
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m beside > beside.log 2>&1 & beside=$$!; \
