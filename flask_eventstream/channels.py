@@ -7,8 +7,10 @@ done once for each set, and not for each subscriber.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import OrderedDict
 from heapq import merge
+from itertools import accumulate
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,7 +28,7 @@ _CHANNEL_BYTES = 1024
 _SMALLEST_EVENT = 10
 """No published event is smaller, in bytes on the wire: each has an id and data."""
 
-_seq_of = attrgetter("seq")
+_seq_of, _wire_of = attrgetter("seq"), attrgetter("wire")
 
 
 class Channel:
@@ -401,15 +403,28 @@ def read(
 def _cut(
     kept: list[list[Entry]], last: int, position: int, max_bytes: int | None
 ) -> tuple[list[Entry], int]:
-    if max_bytes is None:
+    if max_bytes is None or not kept:
         return up_to(last, kept), position
-    if len(kept) == 1 and len(kept[0]) == 1:
+    if len(kept) > 1:
+        return _merged(kept, last, position, max_bytes)
+    found = up_to(last, kept)
+    if len(found) < 2:
         # The most common case by far: the newest event of one channel.
-        return (kept[0] if kept[0][0].seq <= last else []), position
+        return found, position
+    sizes = list(accumulate(map(len, map(_wire_of, found))))
+    if sizes[-1] < max_bytes:
+        return found, position
+    number = bisect_left(sizes, max_bytes) + 1
+    return found[:number], found[number - 1].seq
+
+
+def _merged(
+    kept: list[list[Entry]], last: int, position: int, max_bytes: int
+) -> tuple[list[Entry], int]:
+    # One after another, since there may be far more of them than fit.
     found: list[Entry] = []
     size = 0
-    # One after another, since there may be far more of them than fit.
-    for entry in kept[0] if len(kept) == 1 else merge(*kept, key=_seq_of):
+    for entry in merge(*kept, key=_seq_of):
         if entry.seq > last:
             break
         if not found or entry.seq != found[-1].seq:
