@@ -28,7 +28,7 @@ from flask_eventstream import EventStream, EventStreamResponse, merge
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-HOME = os.environ["COMMON_APP_HOME"]
+HOME = os.environ.get("COMMON_APP_HOME", "")
 
 IN_ASYNC = ("async-plain", "async-merge", "async-wrapped")
 
