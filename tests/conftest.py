@@ -4,6 +4,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
+import httpx
 import hypothesis
 import pytest
 from flask import Flask
@@ -12,7 +13,7 @@ from flask_eventstream import EventStream
 
 from .browser import Visitor, chromium
 from .redis_server import RedisServer, redis_server, valkey_program
-from .servers import ROOT
+from .servers import DEADLINE, ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the servers of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# httpx gives a server 5 seconds, and a busy machine takes more to start one.
+for phase in ("connect", "read", "write", "pool"):
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, phase, DEADLINE)
 
 
 # The same examples in every run, whatever the machine: by chance nothing fails, nor if it is slow.

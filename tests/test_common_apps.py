@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from .servers import DEADLINE, serving, wait_for
+from .servers import serving, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,8 +70,7 @@ def visitors(
     worker, *options = WORKERS[request.param][1:]
     app = "tests.common_app:create_app()"
     with serving(app, worker, *options, environ={"COMMON_APP_HOME": home}) as server:
-        options: Any = {"base_url": server.url, "timeout": DEADLINE}
-        with httpx.Client(**options) as alice, httpx.Client(**options) as bob:
+        with httpx.Client(base_url=server.url) as alice, httpx.Client(base_url=server.url) as bob:
             yield Visitors(alice, bob)
 
 
