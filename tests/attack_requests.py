@@ -41,7 +41,7 @@ MOST_OPEN = 20
 
 HEADERS = {
     "Allow", "Cache-Control", "Content-Length", "Content-Type", "Location", "Retry-After",
-    "WWW-Authenticate", "X-Accel-Buffering", "X-Run-Id",
+    "Vary", "WWW-Authenticate", "X-Accel-Buffering", "X-Run-Id",
 }  # fmt: skip
 """All header fields that an answer may have."""
 
