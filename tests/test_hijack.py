@@ -86,6 +86,8 @@ def wire_of(events: Iterable[ServerSentEvent]) -> bytes:
 
 
 PLAYED = FIRST_BYTES + wire_of([*EARLIER, *LIVE])
+# What the hub cannot take must not take the only thread of a worker.
+ITERATED = {"sync": FIRST_BYTES + wire_of(EARLIER)}
 
 
 class Stream(NamedTuple):
@@ -231,7 +233,8 @@ def test_with_a_content_coding_the_server_keeps_its_socket(
     stream = play(sites(name), target, is_hijacked=False)
     is_zipped = stream.fields["content-encoding"] == "gzip"
     assert is_zipped == ("zip" in target)
-    assert numbered(gzip.decompress(stream.body) if is_zipped else stream.body) == PLAYED
+    body = gzip.decompress(stream.body) if is_zipped else stream.body
+    assert numbered(body) == ITERATED.get(name, PLAYED)
 
 
 @pytest.mark.parametrize("change", CHANGING)
@@ -242,7 +245,7 @@ def test_middleware_that_changes_the_items_gets_all_of_them(
     is_hijacked = None if change in UNNOTICED else False
     stream = play(sites(name), f"/{change}/stream", is_hijacked=is_hijacked)
     start = b":hello\n" if change == "introduced" else b""
-    assert numbered(stream.body) == start + PLAYED
+    assert numbered(stream.body) == start + ITERATED.get(name, PLAYED)
 
 
 def test_a_test_client_iterates(app: Flask) -> None:
@@ -534,7 +537,7 @@ def test_a_large_head_arrives(sites: Sites, name: str, cookies: int, is_hijacked
     becomes_deserted(site)
     stream = play(site, f"/subscribe?cookies={cookies}", is_hijacked=is_hijacked)
     assert stream.fields["set-cookie"] == f"cookie-{cookies - 1}={'c' * 4000}; Path=/"
-    assert numbered(stream.body) == PLAYED
+    assert numbered(stream.body) == (PLAYED if is_hijacked else ITERATED.get(name, PLAYED))
 
 
 @pytest.mark.parametrize("app", ROADS)
