@@ -591,9 +591,9 @@ def test_an_answer_is_lost_with_its_process_and_the_page_says_so(context: Browse
         **PACE,
         "TOKEN_SECONDS": 0.1,
         "EVENTSTREAM_MAX_RUN_BYTES": 1000,
-        "EVENTSTREAM_RETRY": 300,
+        "EVENTSTREAM_RETRY": 2000,
     }
-    app = f"example_app:create_app({ {**PACE, 'TOKEN_SECONDS': 0.1, **short}!r})"
+    app = f"example_app:create_app({short!r})"
     with serving(app, "gthread", "--threads", "32") as server:
         page = context.new_page()
         page.goto(f"{server.url}/resume")
