@@ -224,7 +224,8 @@ class Channels:
             elif channel.history.expires:
                 self._weigh(channel)
                 self._idle.move_to_end(name)
-                self._forget_oldest()
+                if self._idle_bytes > self._max_idle_bytes:
+                    self._forget_oldest()
         return is_read
 
     def advance(self, position: int) -> bool:
@@ -337,9 +338,9 @@ class Channels:
         is_idle = not channel.sets and history.expires
         channel.bytes = _CHANNEL_BYTES + len(channel.name) + history.bytes if is_idle else 0
         self._idle_bytes += channel.bytes - before
-        if is_idle:
+        if is_idle and not before:
             self._idle[channel.name] = channel
-        elif before:
+        elif before and not is_idle:
             del self._idle[channel.name]
 
     def _forget_oldest(self) -> None:

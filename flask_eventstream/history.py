@@ -54,6 +54,7 @@ class History:
     :param max_bytes: how much is kept in all, but for a single event; without limit by default.
     :ivar dropped: the highest sequence number that is gone, for connected subscribers too.
     :ivar newest: the highest sequence number there was.
+    :ivar expires: whether what is kept is forgotten after a while.
     """
 
     __slots__ = (
@@ -70,6 +71,7 @@ class History:
         "_tail_seconds",
         "_window",
         "dropped",
+        "expires",
         "newest",
     )
 
@@ -84,6 +86,7 @@ class History:
     ) -> None:
         self._size = size
         self._seconds = seconds
+        self.expires = seconds < math.inf
         self._tail_bytes = tail_bytes
         self._tail_seconds = tail_seconds
         self._max_bytes = max_bytes
@@ -101,11 +104,6 @@ class History:
     def bytes(self) -> int:
         """How much is kept, in bytes."""
         return self._bytes
-
-    @property
-    def expires(self) -> bool:
-        """Whether what is kept is forgotten after a while."""
-        return self._seconds < math.inf
 
     def __len__(self) -> int:
         return len(self._entries) - self._first
