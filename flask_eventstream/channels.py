@@ -117,7 +117,8 @@ class ChannelSet:
         :param until: the position where to stop; the latest by default.
         :param max_bytes: stop with the event that reaches this size; if the bytes returned are
             fewer, there was no more to read.
-        :param floors: of each channel, the position up to which its events are left out.
+        :param floors: of each channel, the position up to which its events are left out; joins and
+            leaves may be missing then, of which the client is told in another way.
         :returns: whole events as bytes, ``b""`` if there are none, and the new position; ``None``
             if they have ended, or if some of the events are gone.
         """
@@ -389,11 +390,15 @@ def read(
     kept = []
     for number, channel in enumerate(channel_set.channels):
         history = channel.history
-        since = after if floors is None else max(after, floors[number])
-        if history.dropped > since:
+        if floors is None:
+            since, gone, entries_after = after, history.thinned, history.after
+        else:
+            since, gone = max(after, floors[number]), history.dropped
+            entries_after = history.replayable_after
+        if gone > since:
             return None
         if history.newest > since:
-            entries = history.after(since, limit)
+            entries = entries_after(since, limit)
             kept.append(entries)
             if len(entries) == limit:
                 # What comes behind is not known, and may be older than others' entries.

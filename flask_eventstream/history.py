@@ -9,12 +9,18 @@ somebody is connected, so that a burst larger than the history does not cut off 
 thread or greenlet has not had its turn yet, nor those that are still reading what was replayable
 when they came. It is shared by all of them and bounded in bytes and in seconds, so that one who
 stands still costs no more than that.
+
+Anybody may come and go as often as it likes, so joins and leaves (entries with the key
+:data:`PRESENCE`) take no room from the other events: the newest 1,024 of them, or ``size`` if that
+is more, are kept beside these. What is beyond that is kept for those who are connected, within
+the limits of the tail.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from collections import deque
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +32,12 @@ _seq_of = attrgetter("seq")
 
 _ENTRY_OVERHEAD = 256
 """What an entry counts besides its wire, in bytes: 176 on CPython 3.11, and room for an own id."""
+
+PRESENCE = "\x01"
+"""The key of joins and leaves, which no publisher can give."""
+
+MOST_PRESENCE = 1024
+"""How many joins and leaves of a channel are kept, unless its history is larger."""
 
 
 class Entry(NamedTuple):
@@ -52,7 +64,9 @@ class History:
     :param tail_seconds: and for how long, in seconds.
     :param dropped: the highest sequence number that may have been dropped before.
     :param max_bytes: how much is kept in all, but for a single event; without limit by default.
-    :ivar dropped: the highest sequence number that is gone, for connected subscribers too.
+    :ivar dropped: the sequence number up to which all is gone, for connected subscribers too.
+    :ivar thinned: the highest sequence number that is gone: that, or the one of a join or leave
+        which was among other events.
     :ivar newest: the highest sequence number there was.
     :ivar expires: whether what is kept is forgotten after a while.
     """
@@ -64,6 +78,8 @@ class History:
         "_hidden_bytes",
         "_keys",
         "_max_bytes",
+        "_presence",
+        "_presence_shown",
         "_replayed_at",
         "_seconds",
         "_size",
@@ -73,6 +89,7 @@ class History:
         "dropped",
         "expires",
         "newest",
+        "thinned",
     )
 
     def __init__(
@@ -90,7 +107,7 @@ class History:
         self._tail_bytes = tail_bytes
         self._tail_seconds = tail_seconds
         self._max_bytes = max_bytes
-        self.dropped = self.newest = dropped
+        self.dropped = self.thinned = self.newest = dropped
         self._bytes = self._hidden_bytes = 0
         self._replayed_at = -math.inf
         # A list, in which a position is found by bisection; those before the first are dropped
@@ -99,6 +116,9 @@ class History:
         self._first = self._window = 0
         # Of each key, the number of the only entry that it has.
         self._keys: dict[str, int] = {}
+        # The joins and leaves, if there are any, and how many of them are replayed.
+        self._presence: deque[Entry] | None = None
+        self._presence_shown = 0
 
     @property
     def bytes(self) -> int:
@@ -115,24 +135,44 @@ class History:
         :param keep_tail: whether somebody is connected who may still have to get older events.
         """
         if entry.key is not None:
-            self._replace(entry.key, entry.seq)
+            self._note(entry.key, entry)
         self._entries.append(entry)
         self.newest = entry.seq
         self._bytes += len(entry.wire) + _ENTRY_OVERHEAD
         self.trim(entry.time, keep_tail)
 
-    def _replace(self, key: str, seq: int) -> None:
+    def _note(self, key: str, entry: Entry) -> None:
+        if key == PRESENCE:
+            self._presence = self._presence or deque()
+            self._presence.append(entry)
+            self._presence_shown += 1
+            return
         # Taken out and not skipped by its readers, so that values which nobody wants any more do
         # not push out others.
         before = self._keys.get(key)
-        self._keys[key] = seq
+        self._keys[key] = entry.seq
         if before is not None:
-            index = bisect_left(self._entries, before, self._first, key=_seq_of)
-            size = len(self._entries.pop(index).wire) + _ENTRY_OVERHEAD
-            self._bytes -= size
-            if index < self._window:
-                self._window -= 1
-                self._hidden_bytes -= size
+            self._take_out(before)
+
+    def _thin(self, presence: deque[Entry], now: float, keep_tail: bool) -> None:
+        most = self._most_presence
+        while len(presence) > most and not (keep_tail and self._has_room(presence[0], now)):
+            self.thinned = presence.popleft().seq
+            self._presence_shown -= self._take_out(self.thinned)
+
+    def _has_room(self, oldest: Entry, now: float) -> bool:
+        return self._bytes <= self._tail_bytes and now - oldest.time <= self._tail_seconds
+
+    def _take_out(self, seq: int) -> bool:
+        """Take an entry out of the middle; tell whether it was replayed."""
+        index = bisect_left(self._entries, seq, self._first, key=_seq_of)
+        size = len(self._entries.pop(index).wire) + _ENTRY_OVERHEAD
+        self._bytes -= size
+        if index >= self._window:
+            return True
+        self._window -= 1
+        self._hidden_bytes -= size
+        return False
 
     def trim(self, now: float, keep_tail: bool) -> None:
         """Drop what nobody can ask for any more at the time ``now`` (seconds)."""
@@ -146,21 +186,37 @@ class History:
             self._hidden_bytes -= size
             self.dropped = entry.seq
             if entry.key is not None:
-                del self._keys[entry.key]
+                self._forget(entry.key)
+        if self.thinned < self.dropped:
+            self.thinned = self.dropped
+        if self._presence:
+            self._thin(self._presence, now, keep_tail)
         if self._first > _DROPPED_AT_ONCE + len(entries) // 64 or self._first == len(entries):
             del entries[: self._first]
             self._window -= self._first
             self._first = 0
 
+    def _forget(self, key: str) -> None:
+        if key == PRESENCE and self._presence:
+            self._presence.popleft()
+        else:
+            del self._keys[key]
+
     def _hide(self, now: float) -> None:
         entries = self._entries
         while self._window < len(entries):
             oldest, count = entries[self._window], len(entries) - self._window
+            if self._presence_shown:
+                # In front of the others, there are no more joins and leaves than of these at most.
+                count -= self._presence_shown
+                count = max(count, self._presence_shown) if oldest.key == PRESENCE else count
             is_recent = count <= self._size and now - oldest.time <= self._seconds
             if is_recent and (self._bytes - self._hidden_bytes <= self._max_bytes or count == 1):
                 return
             self._hidden_bytes += len(oldest.wire) + _ENTRY_OVERHEAD
             self._window += 1
+            if oldest.key == PRESENCE:
+                self._presence_shown -= 1
 
     def _has_to_wait(self, now: float) -> bool:
         oldest = self._entries[self._first]
@@ -178,7 +234,7 @@ class History:
     def after(self, seq: int, limit: int | None = None) -> list[Entry]:
         """Return what is kept after a sequence number, in order.
 
-        It is complete if ``seq`` is at least :attr:`dropped`.
+        It is complete if ``seq`` is at least :attr:`thinned`.
 
         :param seq: the sequence number.
         :param limit: the number of entries to return at most.
@@ -193,12 +249,36 @@ class History:
         return entries[start : None if limit is None else start + limit]
 
     def replayable(self, now: float) -> list[Entry]:
-        """Return what a client that returns at the time ``now`` (seconds) may still get."""
+        """Return what a client that returns at the time ``now`` (seconds) may still get.
+
+        The joins and leaves that are kept for connected subscribers alone are left out.
+        """
         self._hide(now)
-        return self._entries[self._window :]
+        return self._without_surplus(self._entries[self._window :])
+
+    def replayable_after(self, seq: int, limit: int | None = None) -> list[Entry]:
+        """Return what :meth:`after` does, without the joins and leaves left out of a replay."""
+        if len(self._presence or ()) <= self._most_presence:
+            return self.after(seq, limit)
+        return self._without_surplus(self.after(seq))[:limit]
+
+    def _without_surplus(self, entries: list[Entry]) -> list[Entry]:
+        presence = self._presence
+        if presence is None or len(presence) <= self._most_presence:
+            return entries
+        first = presence[-self._most_presence].seq
+        return [entry for entry in entries if entry.seq >= first or entry.key != PRESENCE]
+
+    @property
+    def _most_presence(self) -> int:
+        return max(self._size, MOST_PRESENCE)
 
     def complete_since(self, now: float) -> int:
         """Return the lowest sequence number after which :meth:`replayable` lacks nothing."""
+        return max(self.hidden_until(now), self.thinned)
+
+    def hidden_until(self, now: float) -> int:
+        """Return the sequence number behind which :meth:`replayable` begins."""
         self._hide(now)
         is_hidden = self._window > self._first
         return self._entries[self._window - 1].seq if is_hidden else self.dropped
@@ -214,6 +294,12 @@ def in_order(histories: Iterable[list[Entry]]) -> list[Entry]:
     if len(kept) < 2:
         return kept[0] if kept else []
     return sorted({entry.seq: entry for entries in kept for entry in entries}.values())
+
+
+def newest(entries: list[Entry], count: int) -> list[Entry]:
+    """Return the last events of some entries, with the joins and leaves among them."""
+    places = [place for place, entry in enumerate(entries) if entry.key != PRESENCE][-count:]
+    return entries[min([max(0, len(entries) - count), *places[:1]]) :]
 
 
 def joined(entries: Iterable[Entry]) -> bytes:

@@ -18,7 +18,7 @@ from .broker import DEFAULT_CHANNEL, Broker, channel_names, encode_reset
 from .channels import Channels, ChannelSet, read, up_to
 from .errors import BrokerClosedError
 from .event import MAX_EVENT_BYTES
-from .history import Entry, History, joined
+from .history import Entry, History, joined, newest
 from .run_registry import MAX_RUNS_PER_OWNER
 from .subscription import FRAME_BYTES, Replay, Subscription
 
@@ -175,7 +175,7 @@ class LocalBroker(Broker):
             start, position, resumed = begin([channel.history for channel in channels], now)
             channel_set = self._channels.join(self, channels)
             until = self._channels.position if channel_set.end is None else channel_set.end
-            frame, replay = _first_frame(channel_set, position, until, now)
+            frame, replay = _first_frame(channel_set, position, until, now, resumed)
             subscription = Subscription(channel_set, until, start + frame, resumed, replay)
         # Should the waker be about to end, for want of subscribers, this keeps it.
         self._waker.ring()
@@ -184,8 +184,8 @@ class LocalBroker(Broker):
     def _begin(self, cursor: str | None, history: int, kept: list[History], now: float) -> Begin:
         last = self._channels.position
         if not cursor:
-            newest = self._replayable(kept, now)[-history:] if history > 0 else []
-            return b"", _before(newest, last), False
+            some = newest(self._replayable(kept, now), history) if history > 0 else []
+            return b"", _before(some, last), False
         seq = self._seq_of(cursor, kept)
         if seq is not None and max(one.complete_since(now) for one in kept) <= seq <= last:
             self.replays += 1
@@ -371,13 +371,12 @@ def _before(entries: Sequence[Entry], last: int) -> int:
 
 
 def _first_frame(
-    channel_set: ChannelSet, position: int, until: int, now: float
+    channel_set: ChannelSet, position: int, until: int, now: float, resumed: bool
 ) -> tuple[bytes, Replay | None]:
     if position >= until:
         return b"", None
     kept = [channel.history for channel in channel_set.channels]
-    floors = [one.complete_since(now) for one in kept]
-    hidden = floors if max(floors) > position else None
+    hidden = None if resumed else [one.hidden_until(now) for one in kept]
     found = read(channel_set, position, until, FRAME_BYTES, hidden)
     assert found is not None, "what is replayable is there"
     entries, position = found

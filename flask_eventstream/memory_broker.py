@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .broker import DEFAULT_CHANNEL, channel_names
 from .errors import InvalidFieldError
 from .event import with_id
-from .history import Entry
+from .history import PRESENCE, Entry
 from .local_broker import LOG_PREFIX, MAX_IDLE_BYTES, MINTED_HINT, LocalBroker, seq_of_minted
 from .members import MemoryMembers
 from .run_registry import MAX_RUNS_PER_OWNER, MemoryRegistry
@@ -106,7 +106,11 @@ class MemoryBroker(LocalBroker):
 
     def members(self, seconds: float) -> MemoryMembers:
         """Return what knows who is present; see :meth:`LocalBroker.members`."""
-        return MemoryMembers(self.publish, seconds, self._clock)
+        return MemoryMembers(self._announce, seconds, self._clock)
+
+    def _announce(self, data: Any, type: str | None = None, *, channel: str) -> str:
+        _, _, wire = self._encode(data, type)
+        return self._append((channel,), None, PRESENCE, wire)
 
     def write_log(self, run: str, wire: bytes) -> None:
         """Append some events to the log of a run."""

@@ -14,6 +14,7 @@ No I/O and no lock: the broker's mutex is held around every call. The rules:
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .broker import encode_reset
@@ -56,6 +57,19 @@ class Feed:
         self.users = 0
         self.last = 0
         self.loaded: int | None = None
+
+
+def _missing(records: list[Record], until: int) -> int:
+    """Return the number up to which a stream may lack something from among its records.
+
+    That is a join or a leave, since newer ones push out the older ones alone.
+    """
+    holes = [
+        min(later.prev, until)
+        for one, later in pairwise(records)
+        if one.seq < min(later.prev, until) and not later.is_foreign
+    ]
+    return max(holes, default=0)
 
 
 class Feeds:
@@ -177,6 +191,8 @@ class Feeds:
                 if not record.is_foreign:
                     self._enter([name], record, self._clock() - (sync.time - record.time) / 1000)
                 feed.last = record.seq
+        for history in self._books.histories([name]):
+            history.thinned = max(history.thinned, self._offset + _missing(records, sync.seq))
         feed.loaded = self._offset + sync.seq
         self.unloaded.discard(name)
         return True

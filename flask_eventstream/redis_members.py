@@ -58,14 +58,6 @@ TELL = (
 local keep, seconds, nonce = tonumber(ARGV[1]), tonumber(ARGV[2]), ''
 local prefix, token, leases, leaving = ARGV[3], ARGV[4], KEYS[3], KEYS[4]
 
-local function append(channel, wire)
-  local KEYS, last_key = {KEYS[1], KEYS[2], prefix .. 'channel:' .. channel}, 3
-  local events, first = {'', '', wire}, 1
-"""
-    + APPEND
-    + r"""
-end
-
 -- What is of another type was not written here. No member could come or go, on any channel.
 local function fit(key, kind)
   local found = redis.pcall(kind == 'hash' and 'HLEN' or 'ZCARD', key)
@@ -76,10 +68,35 @@ local function fit(key, kind)
   return key
 end
 
+-- Anybody may come and go as often as it likes, and must not push out what others have said.
+local function make_room(channel)
+  local told = fit(prefix .. 'told:' .. channel, 'zset')
+  if redis.call('ZCOUNT', told, '(' .. string.format('%.0f', seq), '+inf') > 0 then
+    -- Of a time that the state knows nothing of any more.
+    redis.call('DEL', told)
+  end
+  redis.call('ZADD', told, seq + 1, string.format('%.0f-%.0f', seq + 1, now))
+  redis.call('EXPIRE', told, seconds)
+  if redis.call('ZCARD', told) > math.max(keep, 1024) then
+    local oldest = redis.call('ZRANGE', told, 0, 0)[1]
+    redis.call('ZREM', told, oldest)
+    redis.pcall('XDEL', prefix .. 'channel:' .. channel, oldest)
+  end
+end
+
+local function append(channel, wire)
+  local KEYS, last_key = {KEYS[1], KEYS[2], prefix .. 'channel:' .. channel}, 3
+  local events, first = {'', '\1', wire}, 1
+"""
+    + APPEND
+    + r"""
+end
+
 local function announce(type, channel, member)
   local count = redis.call('ZCARD', prefix .. 'members:' .. channel)
   -- It is the only one that writes a slash as two characters.
   local name = string.gsub(cjson.encode(member), '\\/', '/')
+  make_room(channel)
   append(channel, 'event: ' .. type .. '\ndata: {"member": ' .. name .. ', "count": ' .. count ..
     '}\n\n')
 end

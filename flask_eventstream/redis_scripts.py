@@ -25,6 +25,8 @@ With the prefix ``eventstream:`` and the database 0, the keys are:
 ``eventstream:0:notes``, ``eventstream:0:taken:<round>:<name>``
     During a move from Flask-SSE: messages to all processes, and how much of what Flask-SSE sends is
     taken; see ``flask_sse_bridge``.
+``eventstream:0:told:<channel>``
+    A sorted set: which entries of the stream are joins and leaves, of which the oldest are removed.
 ``eventstream:0:members:<channel>`` and others
     Who is present; see ``redis_members``.
 
@@ -119,6 +121,13 @@ if is_due then
   redis.call('EXPIRE', KEYS[2], seconds * 4)
 end
 
+-- Joins and leaves take no room from others.
+local beginning, presence = string.sub(KEYS[1], 1, -6), {}
+for k = 3, last_key do
+  local told = redis.pcall('ZCARD', beginning .. 'told:' .. string.sub(KEYS[k], #beginning + 9))
+  presence[k] = type(told) == 'number' and told or 0
+end
+
 for e = first, #events, 3 do
   seq = seq + 1
   local id, message = string.format('%.0f-%.0f', seq, now), head(events[e])
@@ -130,7 +139,7 @@ for e = first, #events, 3 do
   end
   message = message .. '\\n' .. events[e + 2]
   for k = 3, last_key do
-    redis.call('XADD', KEYS[k], 'MAXLEN', keep, id, 'nonce', nonce,
+    redis.call('XADD', KEYS[k], 'MAXLEN', keep + presence[k], id, 'nonce', nonce,
       'prev', string.format('%.0f', prev[k]), 'id', events[e], 'wire', events[e + 2],
       'key', events[e + 1])
     redis.call('PUBLISH', KEYS[k], message)

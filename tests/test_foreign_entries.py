@@ -303,7 +303,7 @@ def presence_damage(site: Site) -> Iterator[tuple[Any, ...]]:
         yield "HSET", site.key("connected:room"), f"ada{number}", junk
         yield "ZADD", site.key("members:room"), 1, junk
         yield "HSET", own, junk, junk
-    for name in ("leaving", "leases", "connected:room", "members:room"):
+    for name in ("leaving", "leases", "connected:room", "members:room", "told:room"):
         yield "SET", site.key(name), "x"
     yield "ZADD", site.key("leases"), 1, "dead"
     yield "HSET", site.key("present:dead"), "", "x", "y", "z"

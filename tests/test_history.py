@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from itertools import accumulate
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_eventstream.history import Entry, History, in_order, joined
+from flask_eventstream.history import MOST_PRESENCE, PRESENCE, Entry, History, in_order, joined
 
 
 def history(size: int = 3, seconds: float = 10, tail_bytes: int = 0, dropped: int = 0) -> History:
@@ -156,3 +158,85 @@ def test_with_keys_it_is_the_history_without_what_was_replaced(
         left = kept.after(kept.dropped)
         assert left == [other for other in every if other.seq > kept.dropped]
         assert len(left) == len(kept) >= min(size, len(every))
+
+
+def come(kept: History, count: int, time: float = 0, keep_tail: bool = True) -> None:
+    """Add so many joins and leaves."""
+    for seq in range(kept.newest + 1, kept.newest + 1 + count):
+        kept.append(entry(seq, time=time, key=PRESENCE), keep_tail)
+
+
+def test_joins_push_out_no_other_event_and_beyond_a_number_each_other() -> None:
+    kept = filled(history(), 3)
+    come(kept, MOST_PRESENCE + 7, time=3)
+    assert seqs(kept.replayable(now=3)) == [1, 2, 3, *range(11, MOST_PRESENCE + 11)]
+    assert (kept.dropped, kept.thinned, kept.complete_since(now=3)) == (0, 10, 10)
+
+
+def test_who_is_connected_has_all_joins_within_the_limits_of_the_tail() -> None:
+    kept = filled(history(tail_bytes=1 << 20), 3)
+    come(kept, MOST_PRESENCE + 7, time=3)
+    assert (len(kept.after(0)), kept.thinned) == (MOST_PRESENCE + 10, 0)
+    shown = [1, 2, 3, *range(11, MOST_PRESENCE + 11)]
+    assert seqs(kept.replayable(now=3)) == seqs(kept.replayable_after(0)) == shown
+    assert seqs(kept.replayable_after(1, limit=3)) == [2, 3, 11]
+    kept.trim(9, keep_tail=True)  # tail_seconds is 5
+    assert (seqs(kept.after(0)), kept.thinned) == (shown, 10)
+
+
+def test_joins_that_only_the_connected_had_are_dropped_once_nobody_is() -> None:
+    kept = filled(history(tail_bytes=1 << 20), 3)
+    come(kept, MOST_PRESENCE + 7, time=3)
+    kept.trim(3, keep_tail=False)
+    assert (len(kept.after(0)), kept.thinned) == (MOST_PRESENCE + 3, 10)
+
+
+def test_joins_that_are_no_longer_replayed_are_thinned_too() -> None:
+    kept = filled(history(tail_bytes=1 << 20), 3)
+    come(kept, MOST_PRESENCE + 7, time=3)
+    for seq in range(kept.newest + 1, kept.newest + 4):
+        kept.append(entry(seq, time=3), keep_tail=True)
+    # Before the messages that are replayed there are more joins than messages may be.
+    assert seqs(kept.replayable(now=3)) == list(range(MOST_PRESENCE + 8, MOST_PRESENCE + 14))
+    assert kept.bytes == 257 * len(kept)
+    kept.trim(3, keep_tail=False)
+    assert kept.thinned == kept.dropped == MOST_PRESENCE + 7
+    assert kept.bytes == 257 * len(kept) == 257 * 6
+
+
+class Few(History):
+    """A history that keeps few joins and leaves."""
+
+    __slots__ = ()
+
+    @property
+    def _most_presence(self) -> int:
+        return max(self._size, 2)
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 3)), max_size=60),
+    st.integers(0, 4),
+)
+def test_what_is_kept_of_joins_and_messages_adds_up(
+    steps: list[tuple[bool, bool, int]], size: int
+) -> None:
+    kept = Few(size, 10, tail_bytes=3000, tail_seconds=5)
+    now = 0.0
+    for seq, (is_join, keep_tail, pause) in enumerate(steps, 1):
+        now += pause
+        kept.append(entry(seq, time=now, key=PRESENCE if is_join else None), keep_tail)
+        left = kept.after(0)
+        assert kept.bytes == 257 * len(left) == 257 * len(kept)
+        shown = kept.replayable(now)
+        assert sum(one.key is None for one in shown) <= size
+        assert sum(one.key is not None for one in shown) <= max(size, 2)
+        assert seqs(kept.after(kept.thinned)) == list(range(kept.thinned + 1, seq + 1))
+        times = accumulate(pause for _, _, pause in steps[:seq])
+        recent = [
+            number
+            for number, (time, (is_one, _, _)) in enumerate(zip(times, steps, strict=False), 1)
+            if not is_one and now - time <= 10
+        ]
+        told = [one.seq for one in shown if one.key is None]
+        assert told == recent[max(0, len(recent) - size) :]

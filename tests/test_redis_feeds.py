@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flask_eventstream import EventStreamParser, MemoryBroker
+from flask_eventstream import EventStreamParser, MemoryBroker, redis_feeds
 from flask_eventstream.channels import Channels, read
 from flask_eventstream.history import History, in_order, joined
 from flask_eventstream.redis_feeds import BrokenChainError, Feeds
@@ -346,3 +346,26 @@ def test_what_is_newer_than_the_number_that_was_asked_for_comes_by_messages(
     process.feeds.load("a", sync, server.streams["a"])
     [history] = process.books.histories(["a"])
     assert [entry.seq for entry in history.after(0)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "until", "thinned"),
+    [((), 9, 0), ((2, 3), 9, 3), ((2, 3), 2, 2), ((5,), 3, 0), ((3, 6), 9, 6)],
+)
+def test_what_a_stream_lacks_among_its_entries_is_known_to_be_gone(
+    process: Process, left_out: tuple[int, ...], until: int, thinned: int
+) -> None:
+    records = [Record(seq, 0, seq - 1, None, b"data: x\n\n") for seq in range(1, 8)]
+    left = [record for record in records if record.seq not in left_out]
+    process.feeds.begin(Sync("00000001", 9, 0, 0, 0))
+    process.feeds.use(("a",))
+    process.feeds.load("a", Sync("00000001", until, 0, 0, 0), left)
+    [history] = process.books.histories(["a"])
+    assert history.thinned == max(thinned, history.dropped)
+    assert redis_feeds._missing(left, until) == thinned
+
+
+def test_what_somebody_else_wrote_into_a_stream_is_no_hole() -> None:
+    records = [Record(seq, 0, seq - 1, None, b"data: x\n\n") for seq in (1, 3)]
+    foreign = Record(2, 0, 2, None, b"")
+    assert redis_feeds._missing([records[0], foreign, records[1]], 3) == 0
