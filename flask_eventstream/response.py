@@ -130,10 +130,9 @@ class EventStreamResponse(Response):
     def get_app_iter(self, environ: WSGIEnvironment) -> Iterable[bytes]:
         """Return the body for a WSGI server: the place where its road is chosen."""
         app_iter = super().get_app_iter(environ)
-        if app_iter != ():
-            self._request_end.take(self)
-            if self._generated is not None:
-                self._generated.hold()
+        self._request_end.take(self)
+        if self._generated is not None:
+            self._generated.hold()
         stream, hub = self.response, self._hub
         bound = partial(self._bound, environ)
         # Both may be something else: the body after an after_request function, and () for HEAD.
