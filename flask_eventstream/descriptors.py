@@ -178,7 +178,7 @@ class Watcher:
             self._epoll.register(self._bell, _HAS_INPUT | _EDGE_TRIGGERED)
             self.is_open = True
         except BaseException:
-            # The next one who comes tries again.
+            # The next caller tries again.
             self._close()
             raise
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from .subscriber import Group, Source, Subscriber
 
-# Who lags has a frame of its own. 64 KiB were no faster, and left glibc with up to 14 MiB of holes.
+# Each laggard has its own frame. 64 KiB were no faster, and left glibc up to 14 MiB of holes.
 _CATCH_UP_SECONDS = 0.001
 _SENDS_IN_A_ROW = 100
 _STOP_SECONDS = 2.0

@@ -226,7 +226,7 @@ class Feeds:
         position = self._offset + event.seq
         if not event.wire:
             for name in names:
-                # A log has one end; who comes later reads up to it.
+                # A log has one end; later readers read up to it.
                 is_log = name.startswith(LOG_PREFIX)
                 end = self._books.finish_channel if is_log else self._books.end_channel
                 end(name, position)
