@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from flask_eventstream.hijack import HijackingBody
 from flask_eventstream.hub import SocketHub
 from flask_eventstream.redis_broker import RedisBroker
 from flask_eventstream.redis_link import RedisLink
+from flask_eventstream.redis_runs import RedisRegistry, _Own
 from flask_eventstream.redis_scripts import Keys, MalformedError, Message
 from flask_eventstream.response import _hand_over
 from flask_eventstream.run import Run
@@ -217,3 +219,12 @@ def test_a_run_that_is_lost_is_ended_before_the_next_one_begins() -> None:
     assert runs.begin(run, (), lambda produce: produce).run == "other"
     assert ended == [("old", LOST)]
     assert runs.active == 0
+
+
+def test_a_run_whose_begin_is_doubtful_for_longer_than_its_lease_is_asked_for_no_more() -> None:
+    # Redis is not there: to ask it would raise.
+    link, keys = RedisLink(NOWHERE, 1, 1), Keys("prefix:", 0)
+    registry = RedisRegistry(link, keys, bool, 60, lease=1, max_bytes=1, max_ended_bytes=1)
+    registry._doubtful["run"] = time.monotonic() - 1, _Own("key", "", print, b"", "")
+    registry._end_doubtful()
+    assert not registry._doubtful
