@@ -46,8 +46,7 @@ hypothesis.settings.load_profile(os.environ.get("EVENTSTREAM_EXAMPLES", "fixed")
 
 
 if "COVERAGE_PROCESS_CONFIG" in os.environ:
-    # gevent is traced in other processes only. With it, each thread that ends has a greenlet to
-    # dispose of, and if two end at once, CPython 3.11 waits for itself for ever while it is traced.
+    # gevent is traced in other processes only, and of the servers only in its own: see servers.py.
     del os.environ["COVERAGE_PROCESS_CONFIG"]
     os.environ["COVERAGE_PROCESS_START"] = str(ROOT / "tests" / "subprocesses.coveragerc")
     os.environ["COVERAGE_FILE"] = str(ROOT / ".coverage")
