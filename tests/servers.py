@@ -165,7 +165,7 @@ def gunicorn(app: str, worker_class: str, *options: str, port: int = 0) -> list[
     """Return the command that serves an app (``"module:callable"``) with one worker."""
     return [
         sys.executable, "-m", "gunicorn", "-k", worker_class, "-b", f"127.0.0.1:{port}",
-        "--graceful-timeout", "1", "--log-level", "warning", *options, app,
+        "--graceful-timeout", "30", "--log-level", "warning", *options, app,
     ]  # fmt: skip
 
 

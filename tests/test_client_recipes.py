@@ -77,7 +77,10 @@ class Site:
 def server() -> Iterator[Site]:
     if not (CLIENTS / "node_modules").exists():
         skip_unless_ci("needs the npm clients, which 'make test' installs where it can")
-    with serving("tests.recipe_app:app", "gevent", environ=CONFIG) as started:
+    # One of its views sleeps, and need not be waited for.
+    with serving(
+        "tests.recipe_app:app", "gevent", "--graceful-timeout=1", environ=CONFIG
+    ) as started:
         yield Site(started)
 
 
