@@ -449,7 +449,9 @@ def many_processes() -> Iterator[Server]:
     system_part("redis-server")
     port = free_port()
     script = str(ROOT / "example_app" / "with_redis.sh")
-    with running(["sh", script, *gunicorn(APP, "gevent", "--workers=4", port=port)], port) as one:
+    # gunicorn does not stop a worker that has only just begun, but kills it after that time.
+    options = ["--workers=4", "--graceful-timeout=1"]
+    with running(["sh", script, *gunicorn(APP, "gevent", *options, port=port)], port) as one:
         yield one
 
 
