@@ -10,10 +10,10 @@ from flask import current_app, request
 
 from . import access
 from .broker import DEFAULT_CHANNEL, channel_names
-from .errors import BrokerUnavailableError
+from .errors import BrokerUnavailableError, InvalidFieldError, TooLargeError
 from .event import ServerSentEvent, to_json
 from .opening import come_again, subscribed
-from .refusals import refuses_what_is_sent
+from .refusals import as_answer, refuses_what_is_sent
 from .response import EventStreamResponse, json_dumps
 from .resumable import METHODS, Resumable
 from .rights import Rights, allowed_names
@@ -61,7 +61,6 @@ class EventStream(Rights):
         for name in SCRIPTS:
             self.add_url_rule(f"/{name}", "script", self._script, defaults={"name": name})
 
-    @refuses_what_is_sent
     def publish(
         self,
         data: Any,
@@ -91,9 +90,15 @@ class EventStream(Rights):
         :raises BrokerUnavailableError: if the broker is Redis and does not answer, or refuses.
         :raises NotRegisteredError: if the app has no event stream.
         """
-        names = channel if isinstance(channel, str) else channel_names(channel)
-        event_id = current_state().broker.publish(_sendable(data), type, id, retry, names, key=key)
-        _tell_of(names, [event_id])
+        # Written out, since this is called most often.
+        try:
+            names = channel if isinstance(channel, str) else channel_names(channel)
+            item = data if isinstance(data, str) else _sendable(data)
+            event_id = current_state().broker.publish(item, type, id, retry, names, key=key)
+        except (InvalidFieldError, TooLargeError) as error:
+            raise as_answer(error)  # noqa: B904  # it has this context, or is this error
+        if event_published.receivers:
+            _tell_of(names, [event_id])
         return event_id
 
     @refuses_what_is_sent
@@ -110,7 +115,8 @@ class EventStream(Rights):
         """
         names = channel if isinstance(channel, str) else channel_names(channel)
         event_ids = current_state().broker.publish_many(map(_sendable, events), names)
-        _tell_of(names, event_ids)
+        if event_published.receivers:
+            _tell_of(names, event_ids)
         return event_ids
 
     @refuses_what_is_sent
@@ -315,7 +321,7 @@ def _sendable(data: Any) -> Any:
 
 
 def _tell_of(names: str | tuple[str, ...], event_ids: list[str]) -> None:
-    for event_id in event_ids if event_published.receivers else ():
+    for event_id in event_ids:
         event_published.send(app_in_use(), channels=channel_names(names), id=event_id)
 
 

@@ -106,12 +106,13 @@ class Broker(ABC):
             data = ServerSentEvent(data, type, id, retry)
         elif not (type is id is retry is None):
             raise TypeError("publish() got a ServerSentEvent, which has type, id and retry itself")
-        if data.id == "":
+        event_id = data.id
+        if event_id == "":
             hint = "is empty and would make clients forget their cursor; leave it out"
             raise InvalidFieldError("id", "", hint)
         if key is not None:
-            _check_key(key, data.id)
-        return data.id, key, data.encode(self.max_event_bytes)
+            _check_key(key, event_id)
+        return event_id, key, data.encode(self.max_event_bytes)
 
     def _append_many(self, names: Sequence[str], events: Sequence[Encoded]) -> list[str]:
         """Number some encoded events, as :meth:`_append` does for each."""

@@ -217,16 +217,22 @@ class Channels:
         is_read = False
         for name in names:
             channel = self.touch(name, entry.time)
-            has_readers = bool(channel.sets)
-            channel.history.append(entry, keep_tail=has_readers)
-            if has_readers:
+            history = channel.history
+            before = history.bytes
+            history.append(entry, keep_tail=bool(channel.sets))
+            if channel.sets:
                 is_read = True
                 self._stir(channel, entry.seq)
-            elif channel.history.expires:
-                self._weigh(channel)
+            elif channel.bytes:
+                # For each event that nobody reads: what it weighs is not counted anew.
+                grown = history.bytes - before
+                channel.bytes += grown
+                self._idle_bytes += grown
                 self._idle.move_to_end(name)
-                if self._idle_bytes > self._max_idle_bytes:
-                    self._forget_oldest()
+            elif history.expires:
+                self._weigh(channel)
+        if self._idle_bytes > self._max_idle_bytes:
+            self._forget_oldest()
         return is_read
 
     def advance(self, position: int) -> bool:

@@ -64,6 +64,7 @@ class History:
     :param tail_seconds: and for how long, in seconds.
     :param dropped: the highest sequence number that may have been dropped before.
     :param max_bytes: how much is kept in all, but for a single event; without limit by default.
+    :ivar bytes: how much is kept.
     :ivar dropped: the sequence number up to which all is gone, for connected subscribers too.
     :ivar thinned: the highest sequence number that is gone: that, or the one of a join or leave
         which was among other events.
@@ -72,7 +73,6 @@ class History:
     """
 
     __slots__ = (
-        "_bytes",
         "_entries",
         "_first",
         "_hidden_bytes",
@@ -86,6 +86,7 @@ class History:
         "_tail_bytes",
         "_tail_seconds",
         "_window",
+        "bytes",
         "dropped",
         "expires",
         "newest",
@@ -108,7 +109,7 @@ class History:
         self._tail_seconds = tail_seconds
         self._max_bytes = max_bytes
         self.dropped = self.thinned = self.newest = dropped
-        self._bytes = self._hidden_bytes = 0
+        self.bytes = self._hidden_bytes = 0
         self._replayed_at = -math.inf
         # A list, in which a position is found by bisection; those before the first are dropped
         # some at a time. From the first to the window is the tail, and behind it what is replayed.
@@ -119,11 +120,6 @@ class History:
         # The joins and leaves, if there are any, and how many of them are replayed.
         self._presence: deque[Entry] | None = None
         self._presence_shown = 0
-
-    @property
-    def bytes(self) -> int:
-        """How much is kept, in bytes."""
-        return self._bytes
 
     def __len__(self) -> int:
         return len(self._entries) - self._first
@@ -138,7 +134,7 @@ class History:
             self._note(entry.key, entry)
         self._entries.append(entry)
         self.newest = entry.seq
-        self._bytes += len(entry.wire) + _ENTRY_OVERHEAD
+        self.bytes += len(entry.wire) + _ENTRY_OVERHEAD
         self.trim(entry.time, keep_tail)
 
     def _note(self, key: str, entry: Entry) -> None:
@@ -161,13 +157,13 @@ class History:
             self._presence_shown -= self._take_out(self.thinned)
 
     def _has_room(self, oldest: Entry, now: float) -> bool:
-        return self._bytes <= self._tail_bytes and now - oldest.time <= self._tail_seconds
+        return self.bytes <= self._tail_bytes and now - oldest.time <= self._tail_seconds
 
     def _take_out(self, seq: int) -> bool:
         """Take an entry out of the middle; tell whether it was replayed."""
         index = bisect_left(self._entries, seq, self._first, key=_seq_of)
         size = len(self._entries.pop(index).wire) + _ENTRY_OVERHEAD
-        self._bytes -= size
+        self.bytes -= size
         if index >= self._window:
             return True
         self._window -= 1
@@ -176,24 +172,31 @@ class History:
 
     def trim(self, now: float, keep_tail: bool) -> None:
         """Drop what nobody can ask for any more at the time ``now`` (seconds)."""
-        self._hide(now)
-        entries = self._entries
-        while self._first < self._window and not (keep_tail and self._has_to_wait(now)):
-            entry = entries[self._first]
-            self._first += 1
-            size = len(entry.wire) + _ENTRY_OVERHEAD
-            self._bytes -= size
-            self._hidden_bytes -= size
-            self.dropped = entry.seq
-            if entry.key is not None:
-                self._forget(entry.key)
-        if self.thinned < self.dropped:
-            self.thinned = self.dropped
+        if not (keep_tail and self._fits_in_tail(now)):
+            self._drop(now, keep_tail)
         if self._presence:
             self._thin(self._presence, now, keep_tail)
-        if self._first > _DROPPED_AT_ONCE + len(entries) // 64 or self._first == len(entries):
-            del entries[: self._first]
-            self._window -= self._first
+
+    def _drop(self, now: float, keep_tail: bool) -> None:
+        # For each event that is published: what it looks at often is at hand.
+        self._hide(now)
+        entries, first, window = self._entries, self._first, self._window
+        if first == window:
+            return
+        while first < window and not (keep_tail and self._has_to_wait(now)):
+            entry = entries[first]
+            self._first = first = first + 1
+            size = len(entry.wire) + _ENTRY_OVERHEAD
+            self.bytes -= size
+            self._hidden_bytes -= size
+            self.dropped = entry.seq
+            if self.thinned < entry.seq:
+                self.thinned = entry.seq
+            if entry.key is not None:
+                self._forget(entry.key)
+        if first > _DROPPED_AT_ONCE + len(entries) // 64 or first == len(entries):
+            del entries[:first]
+            self._window -= first
             self._first = 0
 
     def _forget(self, key: str) -> None:
@@ -203,29 +206,32 @@ class History:
             del self._keys[key]
 
     def _hide(self, now: float) -> None:
-        entries = self._entries
-        while self._window < len(entries):
-            oldest, count = entries[self._window], len(entries) - self._window
-            if self._presence_shown:
-                # In front of the others, there are no more joins and leaves than of these at most.
-                count -= self._presence_shown
-                count = max(count, self._presence_shown) if oldest.key == PRESENCE else count
-            is_recent = count <= self._size and now - oldest.time <= self._seconds
-            if is_recent and (self._bytes - self._hidden_bytes <= self._max_bytes or count == 1):
-                return
-            self._hidden_bytes += len(oldest.wire) + _ENTRY_OVERHEAD
-            self._window += 1
-            if oldest.key == PRESENCE:
-                self._presence_shown -= 1
+        entries, window, shown = self._entries, self._window, self._presence_shown
+        end, size, since = len(entries), self._size, now - self._seconds
+        kept = self.bytes - self._hidden_bytes
+        while window < end:
+            oldest = entries[window]
+            # In front of the others, there are no more joins and leaves than of these at most.
+            has_room = end - window - shown <= size and (shown <= size or oldest.key != PRESENCE)
+            if has_room and oldest.time >= since and (kept <= self._max_bytes or window == end - 1):
+                break
+            kept -= len(oldest.wire) + _ENTRY_OVERHEAD
+            window += 1
+            if shown and oldest.key == PRESENCE:
+                shown -= 1
+        self._window, self._presence_shown = window, shown
+        self._hidden_bytes = self.bytes - kept
 
     def _has_to_wait(self, now: float) -> bool:
-        oldest = self._entries[self._first]
-        # The newest event stays, however large it is: nobody can have taken it yet.
-        is_small = self._bytes <= self._tail_bytes or self._first == len(self._entries) - 1
-        if is_small and now - oldest.time <= self._tail_seconds:
-            return True
+        # What was replayable when somebody began to read it stays a little longer.
         is_replayed = now - self._replayed_at <= self._tail_seconds
-        return is_replayed and self._hidden_bytes <= self._tail_bytes
+        return (is_replayed and self._hidden_bytes <= self._tail_bytes) or self._fits_in_tail(now)
+
+    def _fits_in_tail(self, now: float) -> bool:
+        entries, first = self._entries, self._first
+        # The newest event stays, however large it is: nobody can have taken it yet.
+        is_small = self.bytes <= self._tail_bytes or first >= len(entries) - 1
+        return is_small and (not entries or now - entries[first].time <= self._tail_seconds)
 
     def replay_begins(self, now: float) -> None:
         """Take note that somebody reads all that is replayable at the time ``now`` (seconds)."""

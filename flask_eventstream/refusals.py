@@ -53,17 +53,23 @@ def refuses_what_is_sent(function: Callable[P, T]) -> Callable[P, T]:
     def call(*arguments: P.args, **options: P.kwargs) -> T:
         try:
             return function(*arguments, **options)
-        except InvalidFieldError as error:
-            if has_request_context() and _is_sent(error.field, error.value):
-                raise SentFieldError(error.field, error.value, error.reason) from error
-            raise
-        except TooLargeError as error:
-            if has_request_context() and _can_reach(error.field, error.limit):
-                evidence = error.field, error.value, error.limit, error.advice
-                raise SentTooMuchError(*evidence) from error
-            raise
+        except (InvalidFieldError, TooLargeError) as error:
+            raise as_answer(error)  # noqa: B904  # it has this context, or is this error
 
     return call
+
+
+def as_answer(error: InvalidFieldError | TooLargeError) -> Exception:
+    """Return an answer of 400 or 413 for what the client has sent, else the error itself."""
+    if not has_request_context():
+        return error
+    answer: Exception = error
+    if isinstance(error, InvalidFieldError):
+        if _is_sent(error.field, error.value):
+            answer = SentFieldError(error.field, error.value, error.reason)
+    elif _can_reach(error.field, error.limit):
+        answer = SentTooMuchError(error.field, error.value, error.limit, error.advice)
+    return answer
 
 
 def _is_sent(field: str, value: object) -> bool:
