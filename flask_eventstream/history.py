@@ -112,7 +112,8 @@ class History:
         self.bytes = self._hidden_bytes = 0
         self._replayed_at = -math.inf
         # A list, in which a position is found by bisection; those before the first are dropped
-        # some at a time. From the first to the window is the tail, and behind it what is replayed.
+        # some at a time. From the first to the window is the tail, and behind it what is replayed,
+        # once _hide() has moved it on.
         self._entries: list[Entry] = []
         self._first = self._window = 0
         # Of each key, the number of the only entry that it has.
