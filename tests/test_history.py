@@ -204,6 +204,18 @@ def test_joins_that_are_no_longer_replayed_are_thinned_too() -> None:
     assert kept.bytes == 257 * len(kept) == 257 * 6
 
 
+def test_a_value_that_is_replayed_no_more_makes_room_for_its_successor() -> None:
+    kept = filled(history(size=1, tail_bytes=2000), 2, keep_tail=True)
+    kept.append(entry(3, time=3, key="k"), keep_tail=True)
+    kept.append(entry(4, time=3), keep_tail=True)
+    assert seqs(kept.replayable(now=3)) == [4]
+    kept.append(entry(5, time=3, key="k"), keep_tail=True)
+    assert (seqs(kept.after(0)), kept.bytes) == ([1, 2, 4, 5], 257 * 4)
+    assert seqs(kept.replayable(now=3)) == [5]
+    kept.trim(3, keep_tail=False)
+    assert (seqs(kept.after(0)), kept.bytes, kept.dropped) == ([5], 257, 4)
+
+
 class Few(History):
     """A history that keeps few joins and leaves."""
 
