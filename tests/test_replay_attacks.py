@@ -119,7 +119,7 @@ def test_a_long_history_costs_no_memory_for_each_client_that_does_not_read_it(
             wait_for(lambda: taken(server) == MANY)
         assert memory_mib(pid) - before < MOST_MIB
         # Nobody has lost anything.
-        assert numbers(clients[0].read_until(b"%d\n" % (NUMBER - 1))) == list(range(NUMBER))
+        assert numbers(clients[0].read_until(b" %d\n" % (NUMBER - 1))) == list(range(NUMBER))
 
 
 @pytest.mark.parametrize("hijack", [True, False])
