@@ -18,7 +18,7 @@ from flask_eventstream import ServerSentEvent
 from flask_eventstream.signals import subscriber_connected, subscriber_disconnected
 
 from . import apps
-from .servers import wait_for
+from .servers import DEADLINE, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -44,13 +44,29 @@ def play() -> dict[str, str]:
     for event in EARLIER:
         apps.eventstream.publish(event)
     app = current_app._get_current_object()  # type: ignore[attr-defined]
-    threading.Thread(target=play_live, args=[app], daemon=True).start()
+    is_over = threading.Event()
+    thread = threading.Thread(target=play_live, args=[app, is_over], daemon=True)
+    app.config["PLAYING"] = thread, is_over
+    thread.start()
     return {"cursor": cursor}
 
 
-def play_live(app: Flask) -> None:
+def end_play() -> dict[str, str]:
+    """Have nothing published to those who come later, should nobody have been seen."""
+    thread, is_over = current_app.config["PLAYING"]
+    is_over.set()
+    thread.join(DEADLINE)
+    return {}
+
+
+def play_live(app: Flask, is_over: threading.Event) -> None:
+    def is_due() -> bool:
+        return is_over.is_set() or apps.eventstream.subscriber_count() > 0
+
     with app.app_context():
-        wait_for(apps.eventstream.subscriber_count, what="somebody to subscribe")
+        wait_for(is_due, what="somebody to subscribe")
+        if is_over.is_set():
+            return
         for event in LIVE:
             apps.eventstream.publish(event)
         apps.eventstream.disconnect("sse")
@@ -131,6 +147,7 @@ def create_app(**config: Any) -> Flask:
     defaults["EVENTSTREAM_MAX_EVENT_BYTES"] = 10_000_000
     app = apps.create_app(defaults | config)
     app.add_url_rule("/play", view_func=play, methods=["POST"])
+    app.add_url_rule("/play/end", view_func=end_play, methods=["POST"])
     app.add_url_rule("/subscribe", view_func=subscribe, methods=["GET", "POST"])
     app.add_url_rule("/greeting", view_func=greet, methods=["GET", "POST"])
     app.add_url_rule("/counts", view_func=counts)

@@ -141,6 +141,7 @@ def play(
         client.ask(target, method, body, version, {**headers, **came_with})
         head, answer = client.head(), client.body()
         assert not is_hijacked or client.rest() == b""
+    site.post(f"{app}/play/end")
     assert is_hijacked in {None, site.counts(app).get("hijacked", 0) - before}
     return Stream(head.status_code, fields_of(head), answer)
 
