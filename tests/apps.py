@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 eventstream = EventStream("eventstream", __name__)
 HOME = os.path.dirname(flask_eventstream.__file__)
+OPEN: Counter[str] = Counter()
+"""How many generators of a view there are, by its name."""
 
 
 @eventstream.stream("/ticks")
@@ -44,7 +46,11 @@ def ticks() -> Iterator[int]:
 
 @eventstream.stream("/silent", heartbeat=0.2)
 def silent() -> Iterator[int]:
-    yield from interval(0.4)
+    OPEN["silent"] += 1
+    try:
+        yield from interval(0.4)
+    finally:
+        OPEN["silent"] -= 1
 
 
 @eventstream.stream("/mute", heartbeat=3)
@@ -122,6 +128,7 @@ def state() -> dict[str, Any]:
         "subscribers": eventstream.subscriber_count(),
         "channels": len(list(current_app.extensions["eventstream"].broker._channels)),
         "threads": sum(is_ours(frame) for frame in sys._current_frames().values()),
+        "silent": OPEN["silent"],
         "greenlets": sum(not one.dead for one in greenlets),
         "descriptors": len(os.listdir("/proc/self/fd")),
     }

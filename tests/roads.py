@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import h11
 
-from .servers import Server, free_port, gunicorn, running, system_part
+from .servers import Server, free_port, gunicorn, running, system_part, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -172,6 +172,9 @@ class Site:
         counts: dict[str, int] = self.get(f"{prefix}/counts")
         return counts
 
+    def has_no_sockets(self) -> bool:
+        return not any(self.counts(app)["sockets"] for app in ("", "/beating"))
+
 
 class Sites:
     """Starts each server once, when it is first asked for."""
@@ -182,8 +185,10 @@ class Sites:
         self._sites: dict[str, Site] = {}
 
     def __call__(self, name: str) -> Site:
+        """Return the server; nobody of an earlier test is left on its hubs."""
         if name not in self._sites:
             self._sites[name] = self._started(name)
+        wait_for(self._sites[name].has_no_sockets, what="those of an earlier test to be gone")
         return self._sites[name]
 
     def stop(self) -> None:
