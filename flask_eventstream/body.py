@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _PROBE_SECONDS = 1.0
 _PIECE_BYTES = 16 * 1024
 """The size of the first item: a server that is about to lose its socket must not wait."""
+_SMALL_BYTES = 24 * 1024
+"""Two items of this size, and the first one, are sent at once though their client reads nothing."""
 
 
 class Keeper(Protocol):
@@ -126,13 +128,16 @@ class SubscriptionBody:
         if self._first:
             first, self._first = self._first, b""
             return first
-        if self._start:
-            return self.take_start()
         if self._silence is None:
             self._silence = Silence(self._heartbeat)
-            if self.threads is not None and not self.threads.take(self):
-                return self._all_without_waiting()
-            self._keeper.shutdown.enter(self)
+            if self.threads is None or self.threads.take(self):
+                self._keeper.shutdown.enter(self)
+            else:
+                self.reason = endings.REFUSED
+        if self.threads is not None and self.reason == endings.REFUSED:
+            return self._next_without_thread(self.threads)
+        if self._start:
+            return self.take_start()
         return self._next(self._silence)
 
     def _next(self, silence: Silence) -> bytes:
@@ -147,16 +152,20 @@ class SubscriptionBody:
             self._keeper.delivered(events)
         return silence.broken_by(events or HEARTBEAT)
 
-    def _all_without_waiting(self) -> bytes:
-        # It returns for more, as its first bytes say, and maybe a thread is free then.
-        is_replay = self.subscription.replay is not None
-        events = self.subscription.take(0, FRAME_BYTES)
-        self.end(endings.REFUSED)
-        if not events:
-            raise StopIteration
-        if not is_replay:
-            self._keeper.delivered(events)
-        return events
+    def _next_without_thread(self, threads: Threads) -> bytes:
+        # The start and a frame: the client returns for more, and maybe a thread is free then.
+        is_new = not self._start and self.subscription.replay is None
+        item = self.take_start() or self._only_frame()
+        if not item or (len(item) > _SMALL_BYTES and not threads.lend(self)):
+            return self._last_bytes(is_late=False)
+        if is_new:
+            self._keeper.delivered(item)
+        return item
+
+    def _only_frame(self) -> bytes | None:
+        frame = None if self._is_last else self.subscription.take(0, _PIECE_BYTES)
+        self._is_last = True
+        return frame
 
     def _last_bytes(self, *, is_late: bool) -> bytes:
         if is_late:

@@ -31,6 +31,7 @@ class Threads:
         self._has_warned = False
         self._mutex = concurrency.new_mutex()
         self._streams: weakref.WeakSet[object] = weakref.WeakSet()
+        self._borrowers: weakref.WeakSet[object] = weakref.WeakSet()
 
     def take(self, stream: object) -> bool:
         """Tell whether a stream may have one for as long as it lasts, see :meth:`release`."""
@@ -50,10 +51,23 @@ class Threads:
             )
         return is_free
 
+    def lend(self, stream: object) -> bool:
+        """Tell whether a stream without a thread may have one for an item that is large.
+
+        One stream at a time may: a client that does not read makes the server wait. And one has to:
+        a client whose next event is large would never get it, nor anything that comes after it.
+        """
+        with self._mutex:
+            is_free = not self._borrowers or stream in self._borrowers
+            if is_free:
+                self._borrowers.add(stream)
+        return is_free
+
     def release(self, stream: object) -> None:
         """Give the thread of a stream back, if it has one; from any thread."""
         # Not under the mutex, since the garbage collector may do it at any point.
         self._streams.discard(stream)
+        self._borrowers.discard(stream)
 
 
 def _limit() -> int | None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-TIMEOUT = 10.0
+TIMEOUT = 20.0
+"""Less than the time after which a client that takes nothing is cut off."""
 MAX_HEAD_BYTES = 1_000_000
 NO_HEADERS: Mapping[str, str] = {}
 

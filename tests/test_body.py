@@ -243,12 +243,21 @@ def test_nobody_else_is_ended_alone(broker: MemoryBroker) -> None:
 
 
 class NoThreads:
-    """What has no thread of the server for anybody."""
+    """What has no thread of the server for anybody, but one for a large item."""
+
+    def __init__(self, borrower: object = None) -> None:
+        self._borrower = borrower
 
     def take(self, stream: object) -> bool:
         return False
 
-    def release(self, stream: object) -> None: ...
+    def lend(self, stream: object) -> bool:
+        self._borrower = self._borrower or stream
+        return self._borrower is stream
+
+    def release(self, stream: object) -> None:
+        if self._borrower is stream:
+            self._borrower = None
 
 
 @pytest.mark.parametrize("events", [0, 2])
@@ -265,3 +274,35 @@ def test_a_body_that_may_not_wait_gives_what_there_is_and_ends(
     assert keeper.sent == rest
     assert keeper.reasons == ["refused"]
     assert broker.subscriber_count() == 0
+
+
+LARGE = "x" * 100_000
+
+
+def begin_without_thread(
+    broker: MemoryBroker, start: bytes, keeper: Keeper, threads: NoThreads
+) -> SubscriptionBody:
+    stream = body(broker, start, keeper)
+    stream.threads = threads  # type: ignore[assignment]
+    assert next(stream)
+    return stream
+
+
+def test_a_body_that_may_not_wait_is_sent_nothing_large_while_another_is(
+    broker: MemoryBroker, keeper: Keeper
+) -> None:
+    threads = NoThreads()
+    start = b"data: %b\n\n" % LARGE.encode()
+    one = begin_without_thread(broker, start, keeper, threads)
+    assert next(one) == start[16 * 1024 :]
+    for start in (b":" * 17_000, b":" * 100_000):
+        other = begin_without_thread(broker, start, keeper, threads)
+        broker.publish(LARGE)
+        assert list(other) == [start[16 * 1024 :]][: len(start) < 100_000]
+    # It has the thread until its end, and what there is besides.
+    assert next(one).count(b"x") == len(LARGE)
+    assert list(one) == []
+    third = begin_without_thread(broker, b":" * 100_000, keeper, threads)
+    assert len(b"".join(third)) > 80_000
+    assert keeper.reasons == ["refused"] * 4
+    assert len(keeper.sent) == 1

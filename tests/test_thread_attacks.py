@@ -162,6 +162,23 @@ def test_over_tls_subscribers_have_half_of_the_threads(sites: Sites) -> None:
     assert site.server.log().count("take subscribers' sockets") == 1
 
 
+@pytest.mark.parametrize("size", [100, 1_000_000])
+def test_over_tls_those_who_do_not_read_large_events_leave_threads_for_others(
+    sites: Sites, size: int
+) -> None:
+    site = sites("gthread-tls")
+    cursor = site.publish("before")
+    for _ in range(2_000_000 // size if size > 100 else 5):
+        site.publish("x" * size)
+    with ExitStack() as stack:
+        for _ in range(MANY):
+            client = stack.enter_context(site.client())
+            client.ask("/stream", headers={"Last-Event-ID": cursor})
+        # Four that stay, and one at most that is being sent what is large.
+        wait_for(lambda: 4 <= site.counts()["subscribers"] <= 5)
+        assert site.get("/counts")
+
+
 def test_over_tls_a_single_thread_is_taken_by_nobody_and_those_who_return_miss_nothing(
     sites: Sites,
 ) -> None:

@@ -63,6 +63,18 @@ def test_a_stream_that_is_dropped_gives_its_thread_back(monkeypatch: pytest.Monk
         gc.collect()
 
 
+def test_one_stream_at_a_time_has_a_thread_for_what_is_large() -> None:
+    taken, one, other = Threads(), Stream(), Stream()
+    assert [taken.lend(it) for it in (one, other, one)] == [True, False, True]
+    taken.release(other)
+    assert not taken.lend(other)
+    taken.release(one)
+    assert taken.lend(other)
+    del other
+    gc.collect()
+    assert taken.lend(one)
+
+
 def test_it_is_said_once_that_threads_are_missing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
