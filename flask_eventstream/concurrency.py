@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -292,6 +293,16 @@ def hold_through_forks(mutex: Mutex) -> None:
 def call_at_exit(method: Callable[[], None]) -> None:
     """Call a bound method when the interpreter ends, if its object is still alive."""
     atexit.register(_if_alive(method))
+
+
+def call_before_threads_are_joined(method: Callable[[], None]) -> None:
+    """Call a bound method when the interpreter is about to wait for its threads, if it can be told.
+
+    What :mod:`atexit` has is called after that.
+    """
+    # Private, and there since 3.9; an interpreter that ends already takes no more.
+    with suppress(AttributeError, RuntimeError):
+        threading._register_atexit(_if_alive(method))  # type: ignore[attr-defined]
 
 
 def _if_alive(method: Callable[[], None]) -> Callable[[], None]:

@@ -109,6 +109,8 @@ class Shutdown:
         self._parts = parts
         self._start()
         concurrency.call_after_fork(self._start)
+        # The first, since threads of a server's pool wait in streams. Not every system has it.
+        concurrency.call_before_threads_are_joined(self.begin)
         concurrency.call_at_exit(self.begin)
 
     def _start(self) -> None:

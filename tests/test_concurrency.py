@@ -135,12 +135,33 @@ concurrency.call_at_exit(dead.end)
 del dead
 """
 
+BEFORE_THREADS = """
+import threading
+from flask_eventstream import concurrency
+class Waited:
+    def __init__(self): self.may_end = threading.Event()
+    def wait(self): self.may_end.wait(); print("ended"); self.register()
+    def end(self): self.may_end.set()
+    def register(self): concurrency.call_before_threads_are_joined(self.end); print("too late")
+waited = Waited()
+concurrency.call_before_threads_are_joined(waited.end)
+threading.Thread(target=waited.wait).start()
+"""
 
-def test_what_is_alive_at_the_end_of_the_interpreter_is_called() -> None:
+
+@pytest.mark.parametrize(
+    ("program", "printed"), [(AT_EXIT, "alive\n"), (BEFORE_THREADS, "ended\ntoo late\n")]
+)
+def test_what_is_alive_at_the_end_of_the_interpreter_is_called(program: str, printed: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", AT_EXIT], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=DEADLINE,
     )
-    assert done.stdout == "alive\n"
+    assert done.stdout == printed
 
 
 def test_a_waiting_greenlet_lets_others_run_without_monkey_patching() -> None:

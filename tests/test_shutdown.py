@@ -11,6 +11,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -148,7 +149,7 @@ def test_a_client_that_reads_nothing_of_history_holds_up_no_worker(
 
 
 CHAINED = """
-import functools, os, signal
+import functools, os, signal, sys
 from tests.apps import create_app
 
 def chained(before, *arguments):
@@ -156,7 +157,9 @@ def chained(before, *arguments):
 
 def chain(kind):
     before = signal.getsignal(kind)
-    if "partial" in os.environ["CHAINED"]:
+    if "exit" in os.environ["CHAINED"]:
+        signal.signal(kind, lambda *arguments: sys.exit(0))
+    elif "partial" in os.environ["CHAINED"]:
         signal.signal(kind, functools.partial(chained, before))
     else:
         signal.signal(kind, lambda *arguments: before(*arguments))
@@ -167,9 +170,17 @@ for name in os.environ["CHAINED"].split()[1:]:
 """
 
 
-@pytest.mark.parametrize("worker", ["gevent", "gthread", "sync"])
-@pytest.mark.parametrize("chained", ["partial SIGTERM", "function SIGTERM SIGINT SIGQUIT"])
-def test_an_app_may_chain_its_own_handlers_before_the_servers(
+@pytest.mark.parametrize(
+    ("worker", "chained"),
+    [
+        *product(
+            ["gevent", "gthread", "sync"], ["partial SIGTERM", "function SIGTERM SIGINT SIGQUIT"]
+        ),
+        # It does not call the server's. The sync worker is in the middle of its stream then.
+        *product(["gevent", "gthread"], ["exit SIGTERM"]),
+    ],
+)
+def test_an_app_may_have_its_own_handlers_before_the_servers_or_in_place_of_them(
     worker: str, chained: str, tmp_path: Path
 ) -> None:
     (tmp_path / "chained_app.py").write_text(CHAINED)
