@@ -391,36 +391,26 @@ def read(
     if end is not None and after >= end:
         return None
     last = until if end is None else min(until, end)
-    # So many events reach the size.
-    limit = None if max_bytes is None else max_bytes // _SMALLEST_EVENT + 1
-    kept = []
+    news: list[tuple[History, int]] = []
     for number, channel in enumerate(channel_set.channels):
         history = channel.history
         if floors is None:
-            since, gone, entries_after = after, history.thinned, history.after
+            since, gone = after, history.thinned
         else:
             since, gone = max(after, floors[number]), history.dropped
-            entries_after = history.replayable_after
         if gone > since:
             return None
         if history.newest > since:
-            entries = entries_after(since, limit)
-            kept.append(entries)
-            if len(entries) == limit:
-                # What comes behind is not known, and may be older than others' entries.
-                last = min(last, entries[-1].seq)
-    return _cut(kept, last, max(after, last), max_bytes)
-
-
-def _cut(
-    kept: list[list[Entry]], last: int, position: int, max_bytes: int | None
-) -> tuple[list[Entry], int]:
-    if max_bytes is None or not kept:
-        return up_to(last, kept), position
-    if len(kept) > 1:
-        return _merged(kept, last, position, max_bytes)
-    found = up_to(last, kept)
-    if len(found) < 2:
+            news.append((history, since))
+    position = max(after, last)
+    if len(news) > 1 and max_bytes is not None:
+        each_after = History.each_after if floors is None else History.each_replayable_after
+        return _merged([each_after(*one) for one in news], last, position, max_bytes)
+    # One more than reach the size, so that a single one is all there is.
+    limit = None if max_bytes is None else max_bytes // _SMALLEST_EVENT + 2
+    after_it = History.after if floors is None else History.replayable_after
+    found = up_to(last, [after_it(*one, limit) for one in news])
+    if max_bytes is None or len(found) < 2:
         # The most common case by far: the newest event of one channel.
         return found, position
     sizes = list(accumulate(map(len, map(_wire_of, found))))
@@ -431,7 +421,7 @@ def _cut(
 
 
 def _merged(
-    kept: list[list[Entry]], last: int, position: int, max_bytes: int
+    kept: list[Iterator[Entry]], last: int, position: int, max_bytes: int
 ) -> tuple[list[Entry], int]:
     # One after another, since there may be far more of them than fit.
     found: list[Entry] = []

@@ -21,11 +21,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections import deque
+from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 _DROPPED_AT_ONCE = 16
 _seq_of = attrgetter("seq")
@@ -261,20 +262,54 @@ class History:
         The joins and leaves that are kept for connected subscribers alone are left out.
         """
         self._hide(now)
-        return self._without_surplus(self._entries[self._window :])
+        return list(self._without_surplus(self._entries[self._window :]))
 
     def replayable_after(self, seq: int, limit: int | None = None) -> list[Entry]:
         """Return what :meth:`after` does, without the joins and leaves left out of a replay."""
         if len(self._presence or ()) <= self._most_presence:
             return self.after(seq, limit)
-        return self._without_surplus(self.after(seq))[:limit]
+        return list(islice(self.each_replayable_after(seq), limit))
 
-    def _without_surplus(self, entries: list[Entry]) -> list[Entry]:
+    def each_after(self, seq: int) -> Iterator[Entry]:
+        """Yield what :meth:`after` returns. What is not taken costs nothing.
+
+        Nothing may be added or dropped meanwhile.
+        """
+        entries = self._entries
+        start = bisect_right(entries, seq, self._first, key=_seq_of)
+        return map(entries.__getitem__, range(start, len(entries)))
+
+    def each_replayable_after(self, seq: int) -> Iterator[Entry]:
+        """Yield what :meth:`replayable_after` returns, as :meth:`each_after` does."""
+        return iter(self._without_surplus(self.each_after(seq)))
+
+    def oldest(self, now: float) -> Entry | None:
+        """Return the first event of :meth:`replayable`, if there is one."""
+        return next(self.each_replayable_after(self.hidden_until(now)), None)
+
+    def replayable_last(self, now: float, count: int, until: int) -> list[Entry]:
+        """Return the last events of :meth:`replayable` up to a sequence number.
+
+        With the joins and leaves among them, and all of these if the others are fewer.
+
+        :param now: the time of the broker's clock, in seconds.
+        :param count: how many, besides joins and leaves.
+        :param until: the sequence number.
+        """
+        self._hide(now)
+        entries = self._entries
+        start = end = bisect_right(entries, until, self._window, key=_seq_of)
+        while start > self._window and count > 0:
+            start -= 1
+            count -= entries[start].key != PRESENCE
+        return list(self._without_surplus(entries[start:end]))
+
+    def _without_surplus(self, entries: Iterable[Entry]) -> Iterable[Entry]:
         presence = self._presence
         if presence is None or len(presence) <= self._most_presence:
             return entries
         first = presence[-self._most_presence].seq
-        return [entry for entry in entries if entry.seq >= first or entry.key != PRESENCE]
+        return (entry for entry in entries if entry.seq >= first or entry.key != PRESENCE)
 
     @property
     def _most_presence(self) -> int:

@@ -11,6 +11,7 @@ import time
 from abc import abstractmethod
 from collections import Counter, deque
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from . import concurrency
@@ -18,7 +19,7 @@ from .broker import DEFAULT_CHANNEL, Broker, channel_names, encode_reset
 from .channels import Channels, ChannelSet, read, up_to
 from .errors import BrokerClosedError
 from .event import MAX_EVENT_BYTES
-from .history import Entry, History, joined, newest
+from .history import Entry, History, in_order, joined, newest
 from .run_registry import MAX_RUNS_PER_OWNER
 from .subscription import FRAME_BYTES, Replay, Subscription
 
@@ -184,27 +185,22 @@ class LocalBroker(Broker):
     def _begin(self, cursor: str | None, history: int, kept: list[History], now: float) -> Begin:
         last = self._channels.position
         if not cursor:
-            some = newest(self._replayable(kept, now), history) if history > 0 else []
-            return b"", _before(some, last), False
+            some = in_order([one.replayable_last(now, history, last) for one in kept])
+            return b"", _before(newest(some, history) if history > 0 else [], last), False
         seq = self._seq_of(cursor, kept)
         if seq is not None and max(one.complete_since(now) for one in kept) <= seq <= last:
             self.replays += 1
             return b"", seq, True
         self.resets += 1
-        left = self._replayable(kept, now)
+        left = _oldest(kept, now, last)
         earliest = (left[0].id or self.mint(left[0].seq)) if left else None
         position = _before(left, last)
         return encode_reset(cursor, earliest, self.mint(position)), position, False
 
     def _begin_log(self, begin: BeginOfLog, kept: list[History], now: float) -> Begin:
-        entries = self._replayable(kept, now)
+        entries = up_to(self._channels.position, [one.replayable(now) for one in kept])
         start, left_out = begin(entries)
         return start, _before(entries[left_out:], self._channels.position), False
-
-    def _replayable(self, kept: list[History], now: float) -> list[Entry]:
-        # What the books have beyond their position is sent as news, once they are complete up to
-        # it.
-        return up_to(self._channels.position, [one.replayable(now) for one in kept])
 
     def _seq_of(self, cursor: str, kept: list[History]) -> int | None:
         minted = self._seq_of_minted(cursor)
@@ -364,6 +360,13 @@ class LocalBroker(Broker):
 
 def _prefix(name: str) -> str:
     return "run" if name.startswith(LOG_PREFIX) else name.partition(":")[0] or name
+
+
+def _oldest(kept: list[History], now: float, last: int) -> list[Entry]:
+    """Return what is replayed first, if anything."""
+    # What the books have beyond their position is sent as news, once they are complete up to it.
+    found = [entry for one in kept if (entry := one.oldest(now)) and entry.seq <= last]
+    return sorted(found, key=attrgetter("seq"))[:1]
 
 
 def _before(entries: Sequence[Entry], last: int) -> int:

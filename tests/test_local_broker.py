@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -122,6 +123,36 @@ def test_a_subscription_that_is_closed_in_the_middle_of_history_gets_nothing_mor
     subscription = broker.subscribe(history=20)
     subscription.close()
     assert subscription.take(0) is None
+
+
+class Counted(list[Entry]):
+    """Entries that count how many of them are looked at, in ``found``."""
+
+    found: Counter[str]
+
+    def __getitem__(self, index: Any) -> Any:
+        entries = super().__getitem__(index)
+        self.found["entries"] += len(entries) if isinstance(index, slice) else 1
+        return entries
+
+
+@pytest.mark.parametrize("is_reset", [True, False])
+def test_what_many_channels_keep_is_looked_at_no_more_than_it_is_sent(is_reset: bool) -> None:
+    names = [f"c{n}" for n in range(10)]
+    broker, found = MemoryBroker(history=1000), Counter[str]()
+    for name in names:
+        broker.publish_many(["x" * 1000] * 1001, name)
+    for history in broker._channels.histories(names):
+        history._entries = Counted(history._entries)
+        history._entries.found = found
+    # A cursor from before all that is kept, or none.
+    cursor = broker.mint(0) if is_reset else None
+    subscription = broker.subscribe(*names, last_event_id=cursor, history=9)
+    assert (b"event: reset" in subscription.start) == is_reset
+    # Some for each channel, to find the place, and the 32 of a frame.
+    assert found["entries"] < 1000
+    subscription.take(0, FRAME_BYTES)
+    assert found["entries"] < 1500
 
 
 CHANNELS = st.sets(st.sampled_from("abc"), min_size=1)
