@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _PROBE_SECONDS = 1.0
 _PIECE_BYTES = 16 * 1024
 """The size of the first item: a server that is about to lose its socket must not wait."""
-_SMALL_BYTES = 24 * 1024
-"""Two items of this size, and the first one, are sent at once though their client reads nothing."""
+_UNREAD_BYTES = 64 * 1024
+"""How much is sent at once although the client reads none of it: the least that machines hold."""
 
 
 class Keeper(Protocol):
@@ -81,6 +81,7 @@ class SubscriptionBody:
         "_is_open",
         "_keeper",
         "_place",
+        "_room",
         "_silence",
         "_start",
         "begun",
@@ -112,6 +113,7 @@ class SubscriptionBody:
         self._keeper = keeper
         if subscription.replay is not None:
             subscription.replay.count = keeper.replayed
+        self._room = _UNREAD_BYTES - len(self._first)
         self._is_last = False
         self._is_open = True
         self._finish: Callable[[], None] | None = None
@@ -153,19 +155,23 @@ class SubscriptionBody:
         return silence.broken_by(events or HEARTBEAT)
 
     def _next_without_thread(self, threads: Threads) -> bytes:
-        # The start and a frame: the client returns for more, and maybe a thread is free then.
+        # What there is: the client returns for more, and maybe a thread is free then.
         is_new = not self._start and self.subscription.replay is None
-        item = self.take_start() or self._only_frame()
-        if not item or (len(item) > _SMALL_BYTES and not threads.lend(self)):
+        item = self.take_start() or (
+            None if self._is_last else self.subscription.take(0, FRAME_BYTES)
+        )
+        self._is_last = is_new
+        if not item or not (self._has_room(item) or threads.lend(self)):
             return self._last_bytes(is_late=False)
         if is_new:
             self._keeper.delivered(item)
         return item
 
-    def _only_frame(self) -> bytes | None:
-        frame = None if self._is_last else self.subscription.take(0, _PIECE_BYTES)
-        self._is_last = True
-        return frame
+    def _has_room(self, item: bytes) -> bool:
+        if len(item) > self._room:
+            return False
+        self._room -= len(item)
+        return True
 
     def _last_bytes(self, *, is_late: bool) -> bytes:
         if is_late:

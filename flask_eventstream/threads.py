@@ -52,13 +52,13 @@ class Threads:
         return is_free
 
     def lend(self, stream: object) -> bool:
-        """Tell whether a stream without a thread may have one for an item that is large.
+        """Tell whether a stream without a thread may have one for an item that is large, once.
 
         One stream at a time may: a client that does not read makes the server wait. And one has to:
         a client whose next event is large would never get it, nor anything that comes after it.
         """
         with self._mutex:
-            is_free = not self._borrowers or stream in self._borrowers
+            is_free = not self._borrowers
             if is_free:
                 self._borrowers.add(stream)
         return is_free
