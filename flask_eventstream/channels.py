@@ -116,7 +116,8 @@ class ChannelSet:
         :param after: the position.
         :param until: the position where to stop; the latest by default.
         :param max_bytes: stop with the event that reaches this size; if the bytes returned are
-            fewer, there was no more to read.
+            fewer, there was no more to read. With ``until``, a large event comes alone, whatever is
+            before it, so that all who are sent it share its bytes.
         :param floors: of each channel, the position up to which its events are left out; joins and
             leaves may be missing then, of which the client is told in another way.
         :returns: whole events as bytes, ``b""`` if there are none, and the new position; ``None``

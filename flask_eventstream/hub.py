@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from . import concurrency, descriptors, endings
 from .figures import Deliveries
 from .heartbeats import Heartbeats
-from .subscriber import Frames, Members, ending, framed
+from .subscriber import Frames, Members, ending
 from .subscription import FRAME_BYTES
 
 if TYPE_CHECKING:
@@ -274,8 +274,8 @@ class SocketHub:
         if frame is None:
             self._cut(subscriber)
             return False
-        if frame:
-            subscriber.pending = framed(frame, subscriber.is_chunked)
+        subscriber.wire = frame
+        subscriber.pending = subscriber.next_piece()
         return self._send_pending(subscriber)
 
     def _next_frame(self, subscriber: Subscriber) -> bytes | None:
@@ -293,16 +293,16 @@ class SocketHub:
         return frame
 
     def _send_pending(self, subscriber: Subscriber) -> bool:
-        while subscriber.offset < len(subscriber.pending):
-            pending, offset = subscriber.pending, subscriber.offset
-            sent = descriptors.send_from(subscriber.descriptor, pending, offset)
+        while pending := subscriber.pending:
+            sent = descriptors.send_from(subscriber.descriptor, pending, subscriber.offset)
             if sent <= 0:
                 if sent:
                     self._lose(subscriber, -sent)
                 return False
             subscriber.offset += sent
             subscriber.moved = self._now
-        subscriber.pending, subscriber.offset = b"", 0
+            if subscriber.offset == len(pending):
+                subscriber.pending, subscriber.offset = subscriber.next_piece(), 0
         return True
 
     def _rejoin(self, subscriber: Subscriber) -> None:

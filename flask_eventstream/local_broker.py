@@ -336,6 +336,8 @@ class LocalBroker(Broker):
             found = read(channel_set, after, last, max_bytes, floors)
             if not (found and found[0]):
                 self._channels.sweep(self._clock())
+        if found and until is not None and max_bytes is not None:
+            found = _large_apart(*found)
         return found and (joined(found[0]), found[1])
 
     def settle(self) -> None:
@@ -382,12 +384,25 @@ def _first_frame(
     hidden = None if resumed else [one.hidden_until(now) for one in kept]
     found = read(channel_set, position, until, FRAME_BYTES, hidden)
     assert found is not None, "what is replayable is there"
-    entries, position = found
-    if position >= until:
+    entries, after = _large_apart(*found)
+    if len(entries) == 1 and _is_large(entries[0]):
+        entries, after = [], position
+    if after >= until:
         return joined(entries), None
     for one in kept:
         one.replay_begins(now)
-    return joined(entries), Replay(channel_set, position, until, hidden)
+    return joined(entries), Replay(channel_set, after, until, hidden)
+
+
+def _large_apart(entries: list[Entry], position: int) -> tuple[list[Entry], int]:
+    # Joined to what comes before it, it would be a copy for each client that does not read.
+    if len(entries) > 1 and _is_large(entries[-1]):
+        return entries[:-1], entries[-2].seq
+    return entries, position
+
+
+def _is_large(entry: Entry) -> bool:
+    return len(entry.wire) >= FRAME_BYTES
 
 
 def seq_of_minted(id: str, epoch: str) -> int | None:

@@ -20,7 +20,7 @@ from .contexts import RequestEnd, unwrapped
 from .event import MAX_EVENT_BYTES
 from .format import FINISHED_ID, stream_format
 from .generator_stream import GeneratorBody, body_of, close_stream, shutdown_in_use
-from .subscriber import Subscriber, framed
+from .subscriber import Subscriber
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -210,17 +210,16 @@ def _hand_over(
     hijacked: hijack.Hijacked,
 ) -> BaseException | None:
     subscription = stream.subscription
-    start = stream.take_start()
-    wire = framed(start, hijacked.is_chunked) if start else b""
     subscriber = Subscriber(
         hijacked.descriptor,
         owner,
         subscription.channel_set,
         subscription.position,
-        hijacked.head + wire,
+        hijacked.head,
         hijacked.is_chunked,
         stream.deadline,
         subscription.replay,
+        stream.take_start(),
     )
     subscription.replay = None
     stream.finish_by(partial(hub.end, subscriber))

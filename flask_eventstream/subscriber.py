@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 _LAST_CHUNK = b"0\r\n\r\n"
+_PIECE_BYTES = 32 * 1024
+"""How much is framed at once. A chunk is a copy, and what it is made of is shared."""
 
 
 class Source(Protocol):
@@ -20,7 +22,8 @@ class Source(Protocol):
     ) -> tuple[bytes, int] | None:
         """Return the bytes behind a position, and the position behind them.
 
-        At least ``max_bytes`` are returned if there are as many, and no more than needed for that.
+        At least ``max_bytes`` are returned if there are as many, and no more than needed for that;
+        with ``until``, a large event comes alone, whatever is before it.
         ``None`` if there is nothing more to come, or some of it is gone.
         """
 
@@ -74,7 +77,8 @@ class Subscriber:
     :param pending: what has to be sent before, as it goes over the wire.
     :param is_chunked: whether the bytes are framed in chunks (RFC 9112, section 7.1).
     :param deadline: when the stream ends, by :func:`time.monotonic`.
-    :param replay: what comes between ``pending`` and the source, if anything.
+    :param replay: what comes between ``wire`` and the source, if anything.
+    :param wire: what comes behind ``pending`` and is not framed yet.
     """
 
     __slots__ = (
@@ -90,6 +94,8 @@ class Subscriber:
         "pending",
         "position",
         "replay",
+        "taken",
+        "wire",
     )
 
     def __init__(
@@ -102,6 +108,7 @@ class Subscriber:
         is_chunked: bool,
         deadline: float,
         replay: Replay | None = None,
+        wire: bytes = b"",
     ) -> None:
         self.descriptor = descriptor
         self.owner = owner
@@ -115,6 +122,19 @@ class Subscriber:
         self.is_revoked = False
         self.deadline = deadline
         self.replay = replay
+        self.wire = wire
+        self.taken = 0
+        if wire:
+            # In one packet with the head.
+            self.pending += self.next_piece()
+
+    def next_piece(self) -> bytes:
+        """Return what is to be sent next of ``wire``, framed; ``b""`` if nothing is left."""
+        piece = self.wire[self.taken : self.taken + _PIECE_BYTES]
+        self.taken += len(piece)
+        if self.taken == len(self.wire):
+            self.wire, self.taken = b"", 0
+        return framed(piece, self.is_chunked) if piece else b""
 
     @property
     def has_all(self) -> bool:

@@ -72,6 +72,8 @@ class Crowd:
         client.settimeout(DEADLINE)
         client.connect(self.listener.getsockname())
         server, _ = self.listener.accept()
+        if receive_buffer:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, receive_buffer)
         subscription = subscription or self.broker.subscribe(*channels)
         self.clients.append(client)
         self.owners.append(Owner(subscription))
@@ -194,6 +196,27 @@ def test_what_is_published_back_to_back_is_sent_together(crowd: Crowd) -> None:
     may_look.set()
     received = read_until(client, b"data: 99\n\n\r\n")
     assert received.count(b"\r\n") == 2
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_those_that_read_nothing_share_the_bytes_of_a_large_event(
+    crowd: Crowd, is_chunked: bool
+) -> None:
+    cursor, large = crowd.broker.last_event_id(), "x" * 1_000_000
+    for text in ("before", large, "behind"):
+        crowd.broker.publish(text)
+    for _ in range(5):
+        subscription = crowd.broker.subscribe(last_event_id=cursor)
+        assert data(subscription.start) == ["before"]
+        crowd.join(is_chunked=is_chunked, receive_buffer=4096, subscription=subscription)
+    wait_for(lambda: all(len(one.wire) > len(large) for one in crowd.subscribers))
+    assert len({id(one.wire) for one in crowd.subscribers}) == 1
+    assert max(len(one.pending) for one in crowd.subscribers) < 40_000
+    crowd.broker.publish("last", type="end")
+    for client in crowd.clients:
+        wire = read_until(client, b"data: last\n\n" + b"\r\n" * is_chunked)
+        body = re.sub(rb"\r\n[0-9a-f]+\r\n", b"", b"\r\n" + wire) if is_chunked else wire
+        assert data(body) == [large, "behind", "last"]
 
 
 def test_a_newcomer_gets_only_what_comes_after_him(crowd: Crowd) -> None:

@@ -125,6 +125,24 @@ def test_a_subscription_that_is_closed_in_the_middle_of_history_gets_nothing_mor
     assert subscription.take(0) is None
 
 
+def test_a_large_event_is_a_frame_of_its_own_which_all_share() -> None:
+    broker = MemoryBroker()
+    cursor = broker.last_event_id()
+    texts = ["small", "x" * FRAME_BYTES, "small", "y" * FRAME_BYTES, "z" * FRAME_BYTES, "small"]
+    for text in texts:
+        broker.publish(text)
+    one, other = (frames(broker.subscribe(last_event_id=cursor)) for _ in range(2))
+    assert [numbers(frame) for frame in one] == [[text] for text in texts]
+    assert [ours is theirs for ours, theirs in zip(one, other, strict=True)][1::3] == [True, True]
+    # Nothing of it is in what every client has of its own.
+    cursor = broker.last_event_id()
+    broker.publish("x" * FRAME_BYTES)
+    one, other = (frames(broker.subscribe(last_event_id=cursor)) for _ in range(2))
+    assert one[0] == b""
+    assert one[1] is other[1]
+    assert broker.subscribe(last_event_id=cursor).take(0) is one[1]
+
+
 class Counted(list[Entry]):
     """Entries that count how many of them are looked at, in ``found``."""
 

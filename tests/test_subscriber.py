@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
 
 from flask_eventstream import MemoryBroker
-from flask_eventstream.subscriber import Frames, ending, framed
+from flask_eventstream.subscriber import Frames, Subscriber, ending, framed
 
 if TYPE_CHECKING:
     from flask_eventstream.subscriber import Source
@@ -36,6 +37,20 @@ def test_a_stream_ends_with_its_farewell_and_the_last_chunk(
     farewell: bytes, is_chunked: bool, end: bytes
 ) -> None:
     assert ending(farewell, is_chunked) == end
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_what_follows_the_head_goes_with_it_and_is_framed_piece_by_piece(is_chunked: bool) -> None:
+    source, size = MemoryBroker().subscribe().channel_set, 32 * 1024
+    wire = b"data: %b\n\n" % (b"x" * 2 * size)
+
+    def framed_piece(number: int) -> bytes:
+        return framed(wire[number * size : (number + 1) * size], is_chunked)
+
+    one = Subscriber(-1, Mock(), source, 0, b"head", is_chunked, 0, None, wire)
+    assert one.pending == b"head" + framed_piece(0)
+    assert [one.next_piece() for _ in range(3)] == [framed_piece(1), framed_piece(2), b""]
+    assert one.wire == b""
 
 
 def test_the_channels_of_a_subscription_are_a_source() -> None:
