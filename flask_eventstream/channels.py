@@ -25,6 +25,9 @@ _SWEPT_AT_ONCE = 16
 _CHANNEL_BYTES = 1024
 """What a channel counts besides its name and its events, in bytes; it has less on CPython 3.11."""
 
+_FEW = 16
+"""So many events of each of several channels are sorted; of more, one after another is taken."""
+
 _SMALLEST_EVENT = 10
 """No published event is smaller, in bytes on the wire: each has an id and data."""
 
@@ -392,25 +395,26 @@ def read(
     if end is not None and after >= end:
         return None
     last = until if end is None else min(until, end)
-    news: list[tuple[History, int]] = []
+    is_one = len(channel_set.channels) == 1
+    # One more than reach the size, so that a single one is all there is.
+    limit = None if max_bytes is None else max_bytes // _SMALLEST_EVENT + 2 if is_one else _FEW
+    kept, is_cut = [], False
     for number, channel in enumerate(channel_set.channels):
         history = channel.history
         if floors is None:
-            since, gone = after, history.thinned
+            since, gone, entries_after = after, history.thinned, history.after
         else:
             since, gone = max(after, floors[number]), history.dropped
+            entries_after = history.replayable_after
         if gone > since:
             return None
         if history.newest > since:
-            news.append((history, since))
-    position = max(after, last)
-    if len(news) > 1 and max_bytes is not None:
-        each_after = History.each_after if floors is None else History.each_replayable_after
-        return _merged([each_after(*one) for one in news], last, position, max_bytes)
-    # One more than reach the size, so that a single one is all there is.
-    limit = None if max_bytes is None else max_bytes // _SMALLEST_EVENT + 2
-    after_it = History.after if floors is None else History.replayable_after
-    found = up_to(last, [after_it(*one, limit) for one in news])
+            entries = entries_after(since, limit)
+            kept.append(entries)
+            is_cut = is_cut or len(entries) == limit
+    if is_cut and not is_one:
+        return _merged(channel_set, after, last, max_bytes, floors)
+    found, position = up_to(last, kept), max(after, last)
     if max_bytes is None or len(found) < 2:
         # The most common case by far: the newest event of one channel.
         return found, position
@@ -422,9 +426,19 @@ def read(
 
 
 def _merged(
-    kept: list[Iterator[Entry]], last: int, position: int, max_bytes: int
+    channel_set: ChannelSet,
+    after: int,
+    last: int,
+    max_bytes: int | None,
+    floors: Sequence[int] | None,
 ) -> tuple[list[Entry], int]:
     # One after another, since there may be far more of them than fit.
+    histories = [channel.history for channel in channel_set.channels]
+    if floors is None:
+        kept = [history.each_after(after) for history in histories]
+    else:
+        since = [max(after, floor) for floor in floors]
+        kept = [one.each_replayable_after(seq) for one, seq in zip(histories, since, strict=True)]
     found: list[Entry] = []
     size = 0
     for entry in merge(*kept, key=_seq_of):
@@ -433,9 +447,9 @@ def _merged(
         if not found or entry.seq != found[-1].seq:
             found.append(entry)
             size += len(entry.wire)
-        if size >= max_bytes:
+        if max_bytes is not None and size >= max_bytes:
             return found, entry.seq
-    return found, position
+    return found, max(after, last)
 
 
 def up_to(last: int, histories: Iterable[list[Entry]]) -> list[Entry]:

@@ -132,9 +132,9 @@ def test_who_reads_too_slowly_for_those_who_come_ends_and_is_told_when_it_is_bac
 def test_who_reads_history_while_others_come_gets_all_of_it_or_ends(make: Make) -> None:
     broker = make()
     members = broker.members(0)
-    first = broker.publish("x" * 40_000, channel="room")
-    broker.publish("y" * 40_000, channel="room")
-    broker.publish("z" * 40_000, channel="room")
+    first = broker.publish("x" * 30_000, channel="room")
+    broker.publish("y" * 30_000, channel="room")
+    broker.publish("z" * 30_000, channel="room")
     crowd(broker, members, 10)
     with closing(broker.subscribe("room", last_event_id=first)) as back:
         assert back.replay is not None
