@@ -412,7 +412,7 @@ def read(
             entries = entries_after(since, limit)
             kept.append(entries)
             is_cut = is_cut or len(entries) == limit
-    if is_cut and not is_one:
+    if max_bytes is not None and is_cut and not is_one:
         return _merged(channel_set, after, last, max_bytes, floors)
     found, position = up_to(last, kept), max(after, last)
     if max_bytes is None or len(found) < 2:
@@ -429,7 +429,7 @@ def _merged(
     channel_set: ChannelSet,
     after: int,
     last: int,
-    max_bytes: int | None,
+    max_bytes: int,
     floors: Sequence[int] | None,
 ) -> tuple[list[Entry], int]:
     # One after another, since there may be far more of them than fit.
@@ -447,7 +447,7 @@ def _merged(
         if not found or entry.seq != found[-1].seq:
             found.append(entry)
             size += len(entry.wire)
-        if max_bytes is not None and size >= max_bytes:
+        if size >= max_bytes:
             return found, entry.seq
     return found, max(after, last)
 

@@ -3,10 +3,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_eventstream import MemoryBroker
+from flask_eventstream import channels as channels_module
 from flask_eventstream.channels import _CHANNEL_BYTES, Channels, read
 from flask_eventstream.history import Entry, History
 
@@ -157,9 +159,25 @@ def test_a_forgotten_channel_is_no_news() -> None:
 WIRES = st.lists(st.tuples(st.sets(st.sampled_from("abc"), min_size=1), st.integers(1, 300)))
 
 
+def test_of_channels_that_have_much_one_event_after_another_is_taken() -> None:
+    broker = MemoryBroker(history=100)
+    subscription = broker.subscribe("a", "b")
+    channel_set = subscription.channel_set
+    for n in range(30):
+        broker.publish("x" * 90, channel=[["a", "b"], ["a"], ["b"], ["c"]][n % 4])
+    whole, _ = channel_set.read(0) or (b"", 0)
+    size = len(whole)
+    for until, most, position in ((None, size, 30), (None, size + 1, 30), (9, size, 9)):
+        wire, reached = channel_set.read(0, until, most) or (b"", 0)
+        assert (whole.startswith(wire), reached) == (True, position)
+    assert channel_set.read(0, None, 1) == (whole[: whole.index(b"\n\n") + 2], 1)
+    assert channel_set.read(0, 30, size, [0, 0]) == (whole, 30)
+
+
+@pytest.mark.parametrize("few", [1, 2, 16])
 @given(WIRES, st.integers(1, 500), st.data())
 def test_reading_in_frames_gives_what_reading_at_once_does(
-    published: list[tuple[set[str], int]], max_bytes: int, data: Any
+    few: int, published: list[tuple[set[str], int]], max_bytes: int, data: Any
 ) -> None:
     broker = MemoryBroker(history=1000)
     subscription = broker.subscribe("a", "b")
@@ -168,13 +186,15 @@ def test_reading_in_frames_gives_what_reading_at_once_does(
     whole = subscription.channel_set.read(0)
     until = data.draw(st.integers(0, len(published)))
     frames, position = b"", 0
-    for stop in (until, None):
-        while found := subscription.channel_set.read(position, stop, max_bytes):
-            wire, position = found
-            frames += wire
-            if len(wire) < max_bytes:
-                break
-        assert stop is None or position == stop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channels_module, "_FEW", few)
+        for stop in (until, None):
+            while found := subscription.channel_set.read(position, stop, max_bytes):
+                wire, position = found
+                frames += wire
+                if len(wire) < max_bytes:
+                    break
+            assert stop is None or position == stop
     assert (frames, position) == whole
 
 
