@@ -141,6 +141,10 @@ class _Watch:
         self.stirred: set[Channel] = set()
 
 
+def _size_of(channel: Channel) -> int:
+    return _CHANNEL_BYTES + len(channel.name) + channel.history.bytes
+
+
 class Channels:
     """The books of a broker. They have no lock: the broker's is held around every call but rings.
 
@@ -181,6 +185,11 @@ class Channels:
         """Return how many subscriptions a channel has."""
         channel = self._channels.get(name)
         return sum(one.size for one in channel.sets) if channel else 0
+
+    def size_of(self, name: str) -> int:
+        """Return how much a channel takes, in bytes; 0 if it is not on the books."""
+        channel = self._channels.get(name)
+        return _size_of(channel) if channel else 0
 
     def sets(self) -> list[ChannelSet]:
         """Return the sets that are read."""
@@ -347,7 +356,7 @@ class Channels:
     def _weigh(self, channel: Channel) -> None:
         history, before = channel.history, channel.bytes
         is_idle = not channel.sets and history.expires
-        channel.bytes = _CHANNEL_BYTES + len(channel.name) + history.bytes if is_idle else 0
+        channel.bytes = _size_of(channel) if is_idle else 0
         self._idle_bytes += channel.bytes - before
         if is_idle and not before:
             self._idle[channel.name] = channel

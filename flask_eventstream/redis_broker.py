@@ -50,8 +50,9 @@ class RedisBroker(LocalBroker):
     :param max_lag: for how many seconds events beyond ``history`` are kept for subscribers that are
         connected; 30 by default.
     :param max_run_bytes: how much of a run's log is kept; 8 MiB by default.
-    :param max_idle_bytes: how much is kept of runs that have ended, of all processes together; 64
-        MiB by default. The oldest are forgotten first.
+    :param max_idle_bytes: how much is kept of runs that have ended, of all processes together, and
+        in each process of channels that it has no subscribers of any more, each in bytes; 64 MiB by
+        default. The oldest are forgotten first.
     :param timeout: how long ``publish`` waits for Redis at most, in seconds; 5 by default. What has
         to ask more than once may wait as often.
     :param max_connections: the size of the pool for commands; 8 by default. One connection more
@@ -90,6 +91,9 @@ class RedisBroker(LocalBroker):
         # How far the clock of Redis is ahead of ours, in seconds; not known yet.
         self._clock_ahead = math.nan
         self._repeats = Repeats(timeout + DOUBT_SECONDS)
+        self._max_run_bytes = max_run_bytes
+        self._max_idle_bytes = max_idle_bytes
+        self._idle_seconds = history_seconds
         super().__init__(
             history=history,
             history_seconds=history_seconds,
@@ -97,8 +101,6 @@ class RedisBroker(LocalBroker):
             max_lag=max_lag,
             max_run_bytes=max_run_bytes,
         )
-        self._max_run_bytes = max_run_bytes
-        self._max_idle_bytes = max_idle_bytes
         self.revocation_log = RevocationLog(self._link, self._keys.revoked)
         # For those that only read, and tell of members whose process has died.
         self.members(PRESENCE_SECONDS)
@@ -106,7 +108,8 @@ class RedisBroker(LocalBroker):
 
     def _start(self) -> None:
         super()._start()
-        self._feeds = Feeds(self._channels, self._clock)
+        idle = self._idle_seconds, self._max_idle_bytes
+        self._feeds = Feeds(self._channels, self._clock, *idle)
         self._presence = Presence(self._link, self._keys, lambda: self._members.sweep())
         self._expected = 0
         self._progress = concurrency.Progress()

@@ -35,7 +35,8 @@ _TICK_SECONDS = 0.5
 _LONGEST_PAUSE = 5.0
 _MESSAGES_IN_A_ROW = 256
 _NAMES_AT_ONCE = 1000
-_STREAMS_AT_ONCE = 16
+_ENTRIES_OF_PAGE = 250
+_BYTES_OF_PAGE = 256 * 1024
 
 _logger = logging.getLogger(__name__)
 _sync = Script(SYNC)
@@ -120,8 +121,13 @@ class RedisReader:
 
         :raises BrokerUnavailableError: if Redis did not answer, or refused.
         """
-        keys = (self._keys.state, self._keys.marks, self._presence.key)
-        return Sync.of(self._link.call(_sync, keys, lambda _: (self._seconds,)))
+        return Sync.of(self._ask((), (0, 0)))
+
+    def _ask(self, names: Sequence[str], page: tuple[Any, ...]) -> list[Any]:
+        channels = [self._keys.channel(name) for name in names]
+        keys = (self._keys.state, self._keys.marks, self._presence.key, *channels)
+        reply: list[Any] = self._link.call(_sync, keys, lambda _: (self._seconds, *page))
+        return reply
 
     def _run(self) -> None:
         failures = 0
@@ -169,16 +175,24 @@ class RedisReader:
     def _begin(self, listener: Listener) -> None:
         listener.send("SUBSCRIBE", [self._presence.key])
         with self._mutex:
-            names = list(self._feeds)
+            names = self._feeds.connect()
         self._heard = set()
         # What is heard before the streams are read is in them.
         self._subscribe(listener, names, ignoring=True)
-        self._read_streams(names)
+        while missed := self._next(self._feeds.next_missed):
+            self._read_page(missed)
+        # To be told of the epoch, if nothing was missed.
+        self._read_page(())
         self._last_heard, self._has_asked = time.monotonic(), False
 
+    def _next(self, choose: Callable[[], list[str]]) -> list[str]:
+        with self._mutex:
+            return choose()
+
     def _turn(self, listener: Listener) -> None:
-        now = time.monotonic()
-        if listener.has_message(max(0.0, self._next_tick - now)):
+        # What comes while streams are read is heard between two pages.
+        wait = 0.0 if self._feeds.unloaded else self._next_tick - time.monotonic()
+        if listener.has_message(max(0.0, wait)):
             self._hear_all(listener)
         if self._feeds.unloaded:
             self._follow_more(listener)
@@ -211,10 +225,9 @@ class RedisReader:
             return self._feeds.hear(heard)
 
     def _follow_more(self, listener: Listener) -> None:
-        with self._mutex:
-            names = list(self._feeds.unloaded)
+        names = self._next(self._feeds.next_unloaded)
         self._subscribe(listener, [name for name in names if name not in self._heard])
-        self._read_streams(names)
+        self._read_page(names)
         self._on_change(True)
 
     def _subscribe(self, listener: Listener, names: Sequence[str], ignoring: bool = False) -> None:
@@ -228,39 +241,33 @@ class RedisReader:
                     self._hear(message)
             self._heard.update(some)
 
-    def _read_streams(self, wanted: Iterable[str]) -> None:
-        sync = self.sync()
-        with self._mutex:
-            self._feeds.begin(sync)
-            names = [name for name in wanted if name in self._feeds]
-        for some in _parts(names, _STREAMS_AT_ONCE):
-            # Those whose subscribers end have to be read once more, from the start.
-            again = self._load(some, sync)
-            self._load(again, sync)
-
-    def _load(self, names: Sequence[str], sync: Sync) -> list[str]:
+    def _read_page(self, names: Sequence[str]) -> None:
         with self._mutex:
             firsts = [self._feeds.first_wanted(name) for name in names]
-        found = self._link.read(
-            [
-                ("XRANGE", self._keys.channel(name), first, "+")
-                for name, first in zip(names, firsts, strict=True)
-            ]
-        )
-        again = []
-        for name, entries in zip(names, found, strict=True):
-            records = self._records(name, entries or (), sync)
-            with self._mutex:
-                if not self._feeds.load(name, sync, records):
-                    again.append(name)
-        return again
+            scale = self._feeds.page_scale(names)
+        size = _ENTRIES_OF_PAGE * scale, _BYTES_OF_PAGE * scale
+        reply = self._ask(names, (*size, *firsts))
+        sync, pages = Sync.of(reply), reply[-1]
+        with self._mutex:
+            if self._feeds.begin(sync):
+                return
+        # It may not have got to the last of them.
+        for name, (is_whole, entries) in zip(names, pages, strict=False):
+            self._load(name, sync, entries, bool(is_whole))
+        # What never waits never lets other greenlets run.
+        time.sleep(0)
 
-    def _records(self, name: str, entries: Iterable[Any], sync: Sync) -> list[Record]:
-        records = [Record.of(entry) for entry in entries]
+    def _load(self, name: str, sync: Sync, entries: list[Any] | None, is_whole: bool) -> None:
+        if entries is None:
+            self._link.leave_out(self._keys.channel(name))
+        records = [Record.of(_with_fields(*entry)) for entry in entries or ()]
         if any(record.is_foreign for record in records):
             self._link.leave_out(self._keys.channel(name))
         # The number of a foreign one may be of another sequence.
-        return [each for each in records if each.seq <= sync.seq or not each.is_foreign]
+        own = [each for each in records if each.seq <= sync.seq or not each.is_foreign]
+        is_over = is_whole or records[-1].seq > sync.seq
+        with self._mutex:
+            self._feeds.load(name, sync, own, is_over)
 
     def _tick(self, listener: Listener, now: float) -> None:
         counts = self._take_changed()
@@ -289,6 +296,10 @@ class RedisReader:
                 raise
             # A server that is full refuses this, and what it sends is heard nevertheless.
             _logger.warning("The number of subscribers could not be told: %s", error)
+
+
+def _with_fields(id: bytes, pairs: list[bytes]) -> tuple[bytes, dict[bytes, bytes]]:
+    return id, dict(zip(pairs[::2], pairs[1::2], strict=True))
 
 
 def _parts(names: Sequence[str], size: int) -> Iterable[list[str]]:

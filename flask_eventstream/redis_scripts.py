@@ -197,15 +197,47 @@ return {epoch, seq, now}
 SYNC = (
     STATE
     + """
--- Tells where the sequence is, and has the process at KEYS[3] told so by a message of its own.
--- ARGV: 1 for how many seconds a channel keeps events.
+-- Tells where the sequence is, and has the process at KEYS[3] told so by a message of its own. Then
+-- it reads a page of the streams at KEYS[4] and so on, one stream after another.
+-- ARGV: 1 for how many seconds a channel keeps events, 2 after how many entries and 3 after how
+-- many bytes the page ends; then, of each stream, the id from which on it is read.
 -- Returns the epoch, the number of the latest event, the time in milliseconds, the number at which
--- the epoch began, and the number after which all events are still there.
+-- the epoch began, and the number after which all events are still there; then, of each stream that
+-- the page has something of, 1 if that reaches to its end, and the entries. What is no stream has
+-- none, but false.
 redis.call('PUBLISH', KEYS[3], head('') .. '\\n')
-return {epoch, seq, now, base, seq_before(tonumber(ARGV[1]))}
+local entries, bytes, pages = tonumber(ARGV[2] or 0), tonumber(ARGV[3] or 0), {}
+
+local function read(key, first)
+  local page, is_whole = {}, 0
+  while is_whole == 0 and entries > 0 and bytes > 0 do
+    -- Entries may be large, so it is a few at a time.
+    local some = redis.pcall('XRANGE', key, first, '+', 'COUNT', 4)
+    if some.err then
+      return {1, false}
+    end
+    for _, entry in ipairs(some) do
+      page[#page + 1], first = entry, '(' .. entry[1]
+      entries = entries - 1
+      for _, text in ipairs(entry[2]) do
+        bytes = bytes - #text
+      end
+    end
+    is_whole = #some < 4 and 1 or 0
+  end
+  return {is_whole, page}
+end
+
+for k = 4, #KEYS do
+  if entries > 0 and bytes > 0 then
+    pages[k - 3] = read(KEYS[k], ARGV[k])
+  end
+end
+return {epoch, seq, now, base, seq_before(tonumber(ARGV[1])), pages}
 """
 )
-"""Tells where the sequence is; who is subscribed to it hears that behind all that was before."""
+"""Tells where the sequence is, and reads from streams; who is subscribed to it hears the former
+behind all that was before."""
 
 
 _EPOCH_LENGTH = 8
@@ -291,9 +323,9 @@ class Sync(NamedTuple):
     bound: int
 
     @classmethod
-    def of(cls, reply: list[bytes | int]) -> Sync:
-        """Return what :data:`SYNC` has replied."""
-        epoch, *numbers = reply
+    def of(cls, reply: list[Any]) -> Sync:
+        """Return what :data:`SYNC` has replied, without what it has read."""
+        epoch, *numbers = reply[:5]
         assert isinstance(epoch, bytes)
         return cls(epoch.decode(), *[int(number) for number in numbers])
 
@@ -323,6 +355,11 @@ class Record(NamedTuple):
         """Whether somebody else has written it: it has a number, and is no event."""
         return self.prev == self.seq
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """The number and the time, which are its id in the stream."""
+        return self.seq, self.time
+
     @classmethod
     def of(cls, entry: tuple[bytes, dict[bytes, bytes]]) -> Record:
         """Return what an entry of a stream says."""
@@ -338,7 +375,10 @@ class Record(NamedTuple):
 
 
 class Message(NamedTuple):
-    """One event, as processes hear of it. ``prevs`` has each channel with the number before."""
+    """One event, as processes hear of it.
+
+    ``prevs`` has each channel with the number before; ``time`` is the server's, in milliseconds.
+    """
 
     epoch: str
     seq: int
@@ -346,6 +386,7 @@ class Message(NamedTuple):
     prevs: list[tuple[str, int]]
     wire: bytes
     key: str | None = None
+    time: int = 0
 
     @classmethod
     def of(cls, message: bytes, keys: Keys) -> Message:
@@ -362,8 +403,8 @@ class Message(NamedTuple):
     def _fields_of(message: bytes, keys: Keys) -> tuple[Any, ...]:
         head, _, wire = message.partition(b"\n\n")
         line, *lines = head.split(b"\n")
-        epoch, number, _, id = line.split(b" ", 3)
-        seq = _seq_of(number)
+        epoch, number, time, id = line.split(b" ", 3)
+        seq, milliseconds = _seq_of(number), _seq_of(time)
         if len(epoch) != _EPOCH_LENGTH:
             raise MalformedError
         key = lines.pop(0)[4:].decode() if lines and lines[0].startswith(b"key ") else None
@@ -371,7 +412,8 @@ class Message(NamedTuple):
         for each in lines:
             prev, _, name = each.partition(b" ")
             prevs.append((keys.name_of(name), _prev_of(prev, seq)))
-        return epoch.decode(), seq, id.decode() or None, prevs, _checked_wire(wire), key
+        own_id, wire = id.decode() or None, _checked_wire(wire)
+        return epoch.decode(), seq, own_id, prevs, wire, key, milliseconds
 
 
 def _seq_of(text: bytes) -> int:

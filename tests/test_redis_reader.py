@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flask_eventstream import Subscription
-    from flask_eventstream.redis_scripts import Sync
+    from flask_eventstream.redis_scripts import Message, Sync
 
 
 @pytest.fixture
@@ -180,3 +181,75 @@ def test_a_reader_for_which_there_is_no_thread_is_started_later(
     subscription = broker.subscribe()
     broker.publish("x")
     assert has_come(subscription)
+
+
+def spied(broker: RedisBroker, monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
+    """Return the arguments with which something is entered into what is followed, as they come."""
+    calls: list[tuple[Any, ...]] = []
+    call = getattr(broker._feeds, name)
+
+    def note(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return call(*arguments)
+
+    monkeypatch.setattr(broker._feeds, name, note)
+    return calls
+
+
+def test_a_message_of_another_channel_is_heard_between_two_pages(
+    broker: RedisBroker, redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_reader, "_BYTES_OF_PAGE", 1)
+    broker.publish_many(["x"] * 100, channel="large")
+    other = broker.subscribe("other")
+    order: list[str] = []
+    load, hear = broker._feeds.load, broker._feeds.hear
+
+    def note_page(*arguments: Any) -> Any:
+        if not order:
+            elsewhere.publish("now", channel="other")
+        order.append("page")
+        return load(*arguments)
+
+    def note_message(message: Message) -> bool:
+        order.extend(["message"] if b"now" in message.wire else [])
+        return hear(message)
+
+    monkeypatch.setattr(broker._feeds, "load", note_page)
+    monkeypatch.setattr(broker._feeds, "hear", note_message)
+    prefix = broker._keys.state.decode().removesuffix("0:state")
+    with closing(RedisBroker(redis.url, key_prefix=prefix, timeout=PATIENT)) as elsewhere:
+        broker.subscribe("large").close()
+    # Redis sends it before it answers what is asked behind it: for the next page.
+    assert "message" in order[:3]
+    assert order.count("page") > 100 / 4
+    assert b"data: now" in (other.take(0) or b"")
+    other.close()
+
+
+def test_a_page_ends_with_the_bytes_that_it_may_have(
+    broker: RedisBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_reader, "_BYTES_OF_PAGE", 1000)
+    names = [f"large:{n}" for n in range(3)]
+    for name in names:
+        broker.publish_many(["x" * 2000] * 10, channel=name)
+    loads = spied(broker, monkeypatch, "load")
+    broker.subscribe(*names).close()
+    assert len(loads) > 3 * 10 / 4
+    assert all(len(records) <= 4 for _, _, records, *_ in loads)
+    # Nobody has to wait for all that somebody else has asked for.
+    assert [name for name, *_ in loads[:3]] == names
+
+
+def test_who_comes_and_goes_has_no_history_read_again(
+    broker: RedisBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.publish_many(["x"] * 200, channel="a")
+    loads = spied(broker, monkeypatch, "load")
+    for n in range(5):
+        with closing(broker.subscribe("a", history=256)) as subscription:
+            assert subscription.start.count(b"data: x") == 200 + n
+            broker.publish("x", channel="a")
+        wait_for(lambda: "a" not in broker._feeds)
+    assert sum(len(records) for _, _, records, *_ in loads) < 200 + 3 * 5

@@ -8,6 +8,7 @@ from flask_eventstream.redis_scripts import (
     PUBLISH,
     SYNC,
     Keys,
+    MalformedError,
     Message,
     Record,
     Script,
@@ -28,10 +29,10 @@ def test_keys_have_the_prefix_and_the_database() -> None:
 
 
 def test_a_message_is_read_whatever_its_event_has() -> None:
-    wire = b"data: 1\n\ndata: 2\n\n"
+    wire, time = b"data: 1\n\ndata: 2\n\n", 1700000000000
     head = "abcd0123 7 1700000000000 own id: 房间\n-4 mine:3:channel:a b\n6 mine:3:channel:c\n\n"
     message = Message.of(head.encode() + wire, KEYS)
-    assert message == ("abcd0123", 7, "own id: 房间", [("a b", -4), ("c", 6)], wire, None)
+    assert message == ("abcd0123", 7, "own id: 房间", [("a b", -4), ("c", 6)], wire, None, time)
 
 
 def test_a_message_of_a_key_tells_it() -> None:
@@ -40,7 +41,13 @@ def test_a_message_of_a_key_tells_it() -> None:
 
 
 def test_a_message_without_an_event_tells_only_the_number() -> None:
-    assert Message.of(b"abcd0123 7 17 \n\n", KEYS) == ("abcd0123", 7, None, [], b"", None)
+    assert Message.of(b"abcd0123 7 17 \n\n", KEYS) == ("abcd0123", 7, None, [], b"", None, 17)
+
+
+@pytest.mark.parametrize("head", [b"short 7 17 ", b"abcd0123 7 soon ", b"abcd0123 seven 17 "])
+def test_a_message_with_a_head_that_cannot_be_is_refused(head: bytes) -> None:
+    with pytest.raises(MalformedError):
+        Message.of(head + b"\n\n", KEYS)
 
 
 def test_an_entry_of_a_stream_is_read() -> None:
