@@ -18,7 +18,7 @@ from playwright.sync_api import expect
 from example_app import create_app
 from example_app.model import TOKENS_BEFORE_FAILURE, answer, tokens
 
-from .servers import ROOT, Server, serving, skip_unless_ci, system_part
+from .servers import DEADLINE, ROOT, Server, serving, skip_unless_ci, system_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,7 +89,10 @@ def official(server: Server) -> Iterator[openai.OpenAI]:
 def fate(server: Server, id: str) -> dict[str, Any]:
     """Return what has become of the generator that wrote an answer."""
     url = f"{server.url}/v1/chat/completions/{id}/report"
-    with httpx.Client() as client, httpx_sse.connect_sse(client, "GET", url) as source:
+    with (
+        httpx.Client(timeout=DEADLINE) as client,
+        httpx_sse.connect_sse(client, "GET", url) as source,
+    ):
         told: dict[str, Any] = json.loads(next(source.iter_sse()).data)
         return told
 

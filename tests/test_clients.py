@@ -23,7 +23,7 @@ import pytest
 
 from .apps import AFTER, BEFORE
 from .npm import CLIENTS, node
-from .servers import Server, serving, wait_for
+from .servers import DEADLINE, Server, serving, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +49,7 @@ def publish(server: Server, data: Any, **fields: Any) -> str:
 
 
 def state(server: Server) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{server.url}/state").json()
+    found: dict[str, Any] = httpx.get(f"{server.url}/state", timeout=DEADLINE).json()
     return found
 
 
@@ -92,7 +92,10 @@ def test_a_block_without_data_would_break_openais_client(
 
 
 def httpx_events(url: str) -> list[httpx_sse.ServerSentEvent]:
-    with httpx.Client() as client, httpx_sse.connect_sse(client, "GET", url) as source:
+    with (
+        httpx.Client(timeout=DEADLINE) as client,
+        httpx_sse.connect_sse(client, "GET", url) as source,
+    ):
         return list(source.iter_sse())
 
 
@@ -136,13 +139,13 @@ def test_a_byte_order_mark_would_cost_httpx_sse_the_first_event(server: Server) 
     "accept", ["text/event-stream", "application/json, text/event-stream", "*/*", "text/plain", ""]
 )
 def test_a_stream_is_given_whatever_the_client_says_it_accepts(server: Server, accept: str) -> None:
-    answer = httpx.get(f"{server.url}/ids", headers={"Accept": accept})
+    answer = httpx.get(f"{server.url}/ids", headers={"Accept": accept}, timeout=DEADLINE)
     assert answer.status_code == 200
     assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
 
 
 def test_retry_is_the_first_line_of_the_first_block(server: Server) -> None:
-    with httpx.stream("GET", f"{server.url}/stream") as answer:
+    with httpx.stream("GET", f"{server.url}/stream", timeout=DEADLINE) as answer:
         publish(server, "x", retry=7)
         lines = answer.iter_lines()
         first = [line for line in (next(lines) for _ in range(4)) if not line.startswith(":")]
@@ -151,7 +154,10 @@ def test_retry_is_the_first_line_of_the_first_block(server: Server) -> None:
 
 def test_httpx_sse_reads_a_channel(server: Server) -> None:
     url = f"{server.url}/stream"
-    with httpx.Client() as client, httpx_sse.connect_sse(client, "GET", url) as source:
+    with (
+        httpx.Client(timeout=DEADLINE) as client,
+        httpx_sse.connect_sse(client, "GET", url) as source,
+    ):
         id = publish(server, "Hello!", type="greeting")
         event = next(source.iter_sse())
     assert (event.event, event.data, event.id) == ("greeting", "Hello!", id)
@@ -230,11 +236,11 @@ def test_a_line_break_at_the_start_of_a_text_reaches_fetch_event_source_only_as_
 
 
 def test_a_finished_stream_is_not_run_again_for_an_eventsource(server: Server) -> None:
-    before = int(httpx.get(f"{server.url}/started").text)
+    before = int(httpx.get(f"{server.url}/started", timeout=DEADLINE).text)
     with NpmClient("eventsource", f"{server.url}/stream/count/2?retry=50") as reader:
         told = reader.until("closed")
     assert [one["what"] for one in told] == ["open", "message", "message", "end", "error", "closed"]
-    assert int(httpx.get(f"{server.url}/started").text) == before + 1
+    assert int(httpx.get(f"{server.url}/started", timeout=DEADLINE).text) == before + 1
 
 
 def test_an_eventsource_returns_with_its_cursor_and_misses_nothing(server: Server) -> None:
@@ -242,7 +248,7 @@ def test_an_eventsource_returns_with_its_cursor_and_misses_nothing(server: Serve
         assert reader.next()["what"] == "open"
         publish(server, "1")
         assert reader.next()["data"] == "1"
-        assert httpx.post(f"{server.url}/disconnect").json() >= [1]
+        assert httpx.post(f"{server.url}/disconnect", timeout=DEADLINE).json() >= [1]
         publish(server, "2")
         told = reader.until("message")
     assert [one["what"] for one in told] == ["error", "open", "message"]
@@ -254,7 +260,7 @@ def test_an_eventsource_returns_with_an_id_that_is_not_ascii(server: Server) -> 
         assert reader.next()["what"] == "open"
         publish(server, "1", id="数")
         assert reader.next()["id"] == "数"
-        assert httpx.post(f"{server.url}/disconnect").json() >= [1]
+        assert httpx.post(f"{server.url}/disconnect", timeout=DEADLINE).json() >= [1]
         publish(server, "2")
         told = reader.until("message")
     assert [(one["what"], one["data"]) for one in told[1:]] == [("open", None), ("message", "2")]
@@ -329,11 +335,13 @@ class Answer:
         """Ask for it past the proxy, and leave; return the status."""
         # A run is found by the host that was asked for, too.
         headers = {"Host": self._host, "Last-Event-ID": last_event_id}
-        with httpx.stream(method, f"{self._server.url}{self._path}", headers=headers) as answer:
+        with httpx.stream(
+            method, f"{self._server.url}{self._path}", headers=headers, timeout=DEADLINE
+        ) as answer:
             return answer.status_code
 
     def go_on(self) -> None:
-        httpx.post(self._go)
+        httpx.post(self._go, timeout=DEADLINE)
 
 
 def whats(told: list[dict[str, Any]]) -> list[str]:
@@ -358,7 +366,7 @@ BEHIND_THE_END = rb"event: end\ndata: {}\nid: \S+\n\n"
 def test_a_client_that_is_cut_off_in_mid_answer_gets_the_rest_of_the_run_and_stops(
     server: Server, client: str
 ) -> None:
-    before = int(httpx.get(f"{server.url}/started").text)
+    before = int(httpx.get(f"{server.url}/started", timeout=DEADLINE).text)
     with closing(CuttingProxy(server.port, *CUTS)) as proxy:
         run = Answer(server, proxy, client)
         if client == "eventsource":
@@ -374,7 +382,7 @@ def test_a_client_that_is_cut_off_in_mid_answer_gets_the_rest_of_the_run_and_sto
     assert whats(told).count("open") == 3
     end = ["end", "error", "closed"] if client == "eventsource" else ["end", "end of body", "done"]
     assert whats(told)[-3:] == end
-    assert int(httpx.get(f"{server.url}/started").text) == before + 1
+    assert int(httpx.get(f"{server.url}/started", timeout=DEADLINE).text) == before + 1
 
 
 @pytest.mark.parametrize("client", LAST_WORDS)

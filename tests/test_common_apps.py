@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from .servers import serving, wait_for
+from .servers import DEADLINE, serving, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,9 +69,14 @@ def visitors(
     home = str(tmp_path_factory.mktemp("common"))
     worker, *options = WORKERS[request.param][1:]
     app = "tests.common_app:create_app()"
-    with serving(app, worker, *options, environ={"COMMON_APP_HOME": home}) as server:
-        with httpx.Client(base_url=server.url) as alice, httpx.Client(base_url=server.url) as bob:
-            yield Visitors(alice, bob)
+    # Or the server may close a connection between two requests.
+    options.append("--keep-alive=300")
+    with (
+        serving(app, worker, *options, environ={"COMMON_APP_HOME": home}) as server,
+        httpx.Client(base_url=server.url, timeout=DEADLINE) as alice,
+        httpx.Client(base_url=server.url, timeout=DEADLINE) as bob,
+    ):
+        yield Visitors(alice, bob)
 
 
 def data_of(text: str) -> list[str]:

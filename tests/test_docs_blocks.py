@@ -242,7 +242,7 @@ def test_a_page_takes_a_reset_for_a_new_beginning(
     open_page: Callable[..., Page], site: Server
 ) -> None:
     for text in ("one", "two"):
-        httpx.post(f"{site.url}/publish", json={"text": text})
+        httpx.post(f"{site.url}/publish", json={"text": text}, timeout=DEADLINE)
     before = """
       const source = new EventSource("/stream?lastEventId=made-up");
       const list = document.createElement("ol");
@@ -261,7 +261,9 @@ def test_a_page_takes_events_by_their_type(open_page: Callable[..., Page], site:
 
 
 def greet(site: Server) -> bool:
-    return httpx.post(f"{site.url}/publish?type=greeting", json="Hello!").is_success
+    return httpx.post(
+        f"{site.url}/publish?type=greeting", json="Hello!", timeout=DEADLINE
+    ).is_success
 
 
 def test_curl_shows_events_as_they_come(site: Server, tmp_path: Path) -> None:
@@ -304,7 +306,9 @@ def test_a_page_reads_the_answer_to_a_post(open_page: Callable[..., Page]) -> No
 def test_a_page_unzips_binary_data(open_page: Callable[..., Page], site: Server) -> None:
     script = block("wire.rst", "javascript").replace("\n});", "\n  show(bytes.length);\n});")
     page = open_page('const source = new EventSource("/stream");' + script)
-    wait_for(lambda: httpx.post(f"{site.url}/map") and page.evaluate("shown.length"))
+    wait_for(
+        lambda: httpx.post(f"{site.url}/map", timeout=DEADLINE) and page.evaluate("shown.length")
+    )
     assert page.evaluate("shown[0]") == 1000
 
 
@@ -362,7 +366,7 @@ def test_the_quickstart_greets_two_tabs(browser: Browser, tmp_path: Path) -> Non
 
 def answers(url: str) -> bool:
     with suppress(httpx.HTTPError):
-        return httpx.get(url).status_code == 200
+        return httpx.get(url, timeout=DEADLINE).status_code == 200
     return False
 
 
@@ -469,9 +473,9 @@ def test_metrics_of_two_workers_are_read_from_one(tmp_path: Path) -> None:
     with shell.typing(f"{start.removeprefix('$ ')} -w 2 -b 127.0.0.1:{port} --log-level warning"):
         url = f"http://127.0.0.1:{port}/metrics"
         wait_for(lambda: answers(url), what="gunicorn")
-        with httpx.stream("GET", f"http://127.0.0.1:{port}/stream"):
+        with httpx.stream("GET", f"http://127.0.0.1:{port}/stream", timeout=DEADLINE):
             one = "eventstream_places_taken 1.0"
-            wait_for(lambda: one in httpx.get(url).text.splitlines(), what=one)
+            wait_for(lambda: one in httpx.get(url, timeout=DEADLINE).text.splitlines(), what=one)
 
 
 def test_the_alerts_ask_for_families_that_there_are(app: Flask) -> None:
@@ -515,7 +519,7 @@ def test_nginx_keeps_the_query_out_of_its_log(tmp_path: Path) -> None:
         own,
     ]
     with running(nginx, port) as it:
-        httpx.get(f"{it.url}/stream?token=secret")
+        httpx.get(f"{it.url}/stream?token=secret", timeout=DEADLINE)
         wait_for(log.read_text, what="a line in the log")
     assert '"GET /stream" 204' in log.read_text()
     assert "secret" not in log.read_text()

@@ -14,7 +14,7 @@ from playwright.sync_api import Error
 
 import flask_eventstream
 
-from .servers import ROOT, Server, serving, skip_unless_ci, wait_for
+from .servers import DEADLINE, ROOT, Server, serving, skip_unless_ci, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +73,9 @@ class Stage:
 
     def __init__(self, server: Server, context: BrowserContext, name: str) -> None:
         self.server, self.context, self.name = server, context, name
-        self.client = httpx.Client(base_url=server.url, timeout=20)
+        # The server may close one that is kept at any moment.
+        alone = {"Connection": "close"}
+        self.client = httpx.Client(base_url=server.url, headers=alone, timeout=DEADLINE)
 
     @property
     def channel(self) -> str:

@@ -25,7 +25,7 @@ from flask_eventstream.signals import event_published
 from flask_eventstream.testing import client_stream
 
 from .flask_sse_app import create_app
-from .servers import ROOT, Server, serving, skip_unless_ci, wait_for
+from .servers import DEADLINE, ROOT, Server, serving, skip_unless_ci, wait_for
 from .stress import UNTRACED
 
 if TYPE_CHECKING:
@@ -496,7 +496,9 @@ def subscribers_of_both(server: Server, channel: str, open_ones: ExitStack) -> l
 @pytest.fixture(scope="module")
 def post(server: Server) -> Iterator[Callable[[str, str], Any]]:
     """Return what has the server publish some data on a channel."""
-    with httpx.Client(base_url=server.url, timeout=20) as client:
+    # The server may close a connection that is kept at any moment.
+    alone = {"Connection": "close"}
+    with httpx.Client(base_url=server.url, headers=alone, timeout=DEADLINE) as client:
 
         def request(data: str, channel: str) -> None:
             values = {"data": data, "channel": channel}

@@ -266,6 +266,8 @@ def test_http_2_streams_are_iterated(worker: list[str]) -> None:
     pytest.importorskip("h2")
     pytest.importorskip("gunicorn.http2")
     options = ["--http-protocols=h2,h1", "--http2-cleartext=prior-knowledge"]
+    # Or the server may close the connection between two requests.
+    options += ["--keep-alive=300"]
     with (
         serving("tests.hijack_apps:create_site()", *worker, *options) as server,
         httpx.Client(http1=False, http2=True, base_url=server.url, timeout=TIMEOUT) as client,

@@ -20,7 +20,7 @@ from flask_eventstream.errors import ConfigurationError, NotRegisteredError
 from flask_eventstream.figures import DELAYS
 from flask_eventstream.testing import client_stream
 
-from .servers import Server, serving, wait_for
+from .servers import DEADLINE, Server, serving, wait_for
 from .stress import workers
 
 if TYPE_CHECKING:
@@ -362,7 +362,9 @@ class Site:
         last: dict[str, Samples] = {}
 
         def agree() -> bool:
-            answer = httpx.get(f"{self.server.url}/metrics", headers={"Connection": "close"})
+            answer = httpx.get(
+                f"{self.server.url}/metrics", headers={"Connection": "close"}, timeout=DEADLINE
+            )
             last[answer.headers["X-Pid"]] = found = samples(answer.text)
             has_all = all(found.get(name) == value for name, value in expected.items())
             return has_all and len(last) >= 2
@@ -395,7 +397,7 @@ def test_every_worker_says_what_all_of_them_have(
         found = site.subscribe()
         (killed, lost), (_, [leaving, *kept]) = sorted(found.items(), key=lambda one: len(one[1]))
         comers = len(lost) + 1 + len(kept)
-        id = httpx.post(f"{server.url}/publish").text
+        id = httpx.post(f"{server.url}/publish", timeout=DEADLINE).text
         expected: Samples = {
             "subscribers/sse": comers, "subscribers/user": comers, "places_taken": comers,
             "max_subscribers": 2000, "connects_total": comers, "ends_total/left": 0,

@@ -43,7 +43,7 @@ def upstream() -> Iterator[Server]:
 def relay(upstream: Server) -> Iterator[Server]:
     environ = {"UPSTREAM_URL": f"{upstream.url}/v1", "UPSTREAM_KEY": KEY}
     with serving("tests.apps:create_relay()", "gevent", environ=environ) as server:
-        wait_for(lambda: httpx.get(server.url), what="the relay to answer")
+        wait_for(lambda: httpx.get(server.url, timeout=DEADLINE), what="the relay to answer")
         yield server
         # Both take a second to stop, at the same time.
         upstream.process.terminate()
@@ -104,7 +104,7 @@ def test_events_are_relayed_unchanged_and_one_by_one(relay: Server, upstream: Se
     with asking(relay, "events") as events:
         first = next(events)
         assert told(upstream)["produced"] == produced + 1
-        httpx.post(f"{upstream.url}/go/events")
+        httpx.post(f"{upstream.url}/go/events", timeout=DEADLINE)
         others = list(events)
     sent = [(event.data, event.type, None, None) for event in UPSTREAM_EVENTS]
     got = [(event.data, event.type, event.id, event.retry) for event in [first, *others]]
@@ -171,7 +171,9 @@ def test_an_upstream_that_refuses_is_a_plain_error_without_its_body_and_headers(
     relay: Server, upstream: Server, prompt: str
 ) -> None:
     url = f"{upstream.url}/v1/chat/completions"
-    answer = httpx.post(url, json=question(prompt), headers={"Authorization": KEY})
+    answer = httpx.post(
+        url, json=question(prompt), headers={"Authorization": KEY}, timeout=DEADLINE
+    )
     assert answer.status_code == int(prompt)
     assert answer.text == f"Your key {KEY} is refused."
     assert answer.headers["X-Your-Key"] == KEY
@@ -191,7 +193,7 @@ def test_an_upstream_that_breaks_off_in_mid_answer_is_a_stream_error(
 
 
 def test_an_answer_that_is_whole_has_no_key_in_it(relay: Server, upstream: Server) -> None:
-    httpx.post(f"{upstream.url}/go/events")
+    httpx.post(f"{upstream.url}/go/events", timeout=DEADLINE)
     received = all_of(connected(relay, "events"))
     assert b"event: end" in received
     assert KEY.encode() not in received
@@ -226,7 +228,7 @@ def test_an_upstream_that_falls_silent_is_waited_for_with_heartbeats_and_then_gi
     with chat as stream:
         assert list(stream) == [ServerSentEvent("thinking"), FAILED]
     assert len(stream.comments) >= 3
-    httpx.post(f"{upstream.url}/go/silence")
+    httpx.post(f"{upstream.url}/go/silence", timeout=DEADLINE)
 
 
 def relay_of(
@@ -246,7 +248,7 @@ def test_as_a_run_the_upstream_is_asked_once_for_all_who_read(
     asked = told(upstream)["asked"]
     with asking(relay, "events", "/stream/chats/1") as events:
         first = next(events)
-    httpx.post(f"{upstream.url}/go/events")
+    httpx.post(f"{upstream.url}/go/events", timeout=DEADLINE)
     url = f"{relay.url}/stream/chats/1"
     for method in ("GET", "POST"):
         headers = {"Last-Event-ID": str(first.id)}
