@@ -75,7 +75,7 @@ class Broker(ABC):
         :param channel: a name or several; a subscriber of two of them gets the event once.
         :param key: what the event is the newest value of, such as the name of a share; 1 to 255
             characters. It takes the place of the event before it with that key in the same
-            channel: who has not got that one yet, for he is slow or away, gets only this one.
+            channel: a client that has not got that one yet, being slow or away, gets only this one.
         :returns: the event's id.
         :raises InvalidFieldError: if a field or a channel's name is not valid, or there is both an
             ``id`` and a key: as a cursor, an id must not be replaced.

@@ -78,6 +78,6 @@ class Figures:
             self.ends[reason] += 1
 
     def delivered(self, wire: bytes) -> None:
-        """Count what a server has taken for one subscriber, where the hub does not have him."""
+        """Count what a server has taken for one subscriber, where the hub does not have it."""
         with self._mutex:
             self.iterated.add(wire, 1)

@@ -321,7 +321,7 @@ class SocketHub:
             self._members.ready[descriptor] = subscriber
         elif event & descriptors.SAYS_NO_MORE and not subscriber.is_half_closed:
             # Who has closed the connection answers a beat with a reset, which is an event of its
-            # own; who has closed only his half of it goes on reading.
+            # own; one that has closed only its half goes on reading.
             subscriber.is_half_closed = True
             self._beat(subscriber)
 

@@ -69,7 +69,7 @@ class State:
     blueprints: list[Any] = field(default_factory=list)
 
     def connected(self, start: bytes) -> int:
-        """Count a subscriber, by what his stream starts with, and return his number."""
+        """Count a subscriber, by what its stream starts with, and return its number."""
         return self.figures.connected(start)
 
     def delivered(self, wire: bytes) -> None:
@@ -81,7 +81,7 @@ class State:
         self.figures.replay(wire)
 
     def closed(self, body: SubscriptionBody) -> None:
-        """Count a subscriber who is off the books, and tell of him."""
+        """Count a subscriber that is off the books, and tell of it."""
         self.figures.ended(body.reason)
         if body.stay is not None:
             config = self.config

@@ -158,7 +158,7 @@ class Members:
         self.groups: dict[Source, Group] = {}
 
     def join(self, subscriber: Subscriber, now: float) -> Group:
-        """Take in a subscriber, who is lagging at first, and return the group of his source."""
+        """Take in a subscriber, which is lagging at first, and return the group of its source."""
         group = self.groups.setdefault(subscriber.group.source, subscriber.group)
         if not group.size:
             group.sent = now
@@ -169,13 +169,13 @@ class Members:
         return group
 
     def fall_behind(self, subscriber: Subscriber, now: float) -> None:
-        """Take note that a subscriber, who is not in his group's ``live`` any more, lags."""
+        """Take note that a subscriber, which is not in its group's ``live`` any more, lags."""
         subscriber.position = subscriber.group.position
         subscriber.moved = now
         self.lagging[subscriber.descriptor] = subscriber
 
     def catch_up(self, subscriber: Subscriber) -> None:
-        """Take note that a subscriber has all that his group has."""
+        """Take note that a subscriber has all that its group has."""
         del self.lagging[subscriber.descriptor]
         self.ready.pop(subscriber.descriptor, None)
         subscriber.group.live[subscriber.is_chunked][subscriber.descriptor] = subscriber
