@@ -71,8 +71,8 @@ class Subscription:
     :param channel_set: the channels.
     :param position: the place in the broker's sequence from which on events are new to it.
     :param start: what the client has to get first, as bytes: a ``reset`` if there has to be one,
-        and the first 32 KiB of what it missed, or of what history still has. The events that
-        :meth:`take` returns come after it.
+        and the first 32 KiB of what it missed, or of what history still has, but for an event that
+        is larger. The events that :meth:`take` returns come after it.
     :param resumed: whether it continues right after the cursor it was opened with. If not, the
         client's picture has to be drawn anew: on a first connect, or after a ``reset``.
     :param replay: what history has for it besides ``start``, if there is more.
