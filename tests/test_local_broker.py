@@ -143,6 +143,18 @@ def test_a_large_event_is_a_frame_of_its_own_which_all_share() -> None:
     assert broker.subscribe(last_event_id=cursor).take(0) is one[1]
 
 
+def test_a_value_that_is_replaced_before_it_is_read_from_history_comes_once() -> None:
+    broker = MemoryBroker()
+    cursor = broker.last_event_id()
+    broker.publish("x" * FRAME_BYTES)
+    broker.publish("old", key="k")
+    subscription = broker.subscribe(last_event_id=cursor)
+    assert numbers(subscription.take(0, FRAME_BYTES) or b"") == ["x" * FRAME_BYTES]
+    broker.publish("new", key="k")
+    assert subscription.replay is not None
+    assert numbers(subscription.take(0, FRAME_BYTES) or b"") == ["new"]
+
+
 class Counted(list[Entry]):
     """Entries that count how many of them are looked at, in ``found``."""
 

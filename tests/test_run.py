@@ -83,7 +83,11 @@ class Stage:
         subscription = self.broker.subscribe_log(run.id, 0)
         yield from parser.feed(subscription.start)
         standing = self.registry.find(run.key)
-        while standing is None or standing.is_active:
+        if standing is not None and not standing.is_active:
+            # It may have ended since it was subscribed to.
+            yield from parser.feed(subscription.take(0) or b"")
+            return
+        while True:
             wire = subscription.take(DEADLINE)
             assert wire != b"", "nothing came, and no end"
             if wire is None:
