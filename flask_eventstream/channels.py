@@ -28,8 +28,8 @@ _CHANNEL_BYTES = 1024
 _FEW = 16
 """So many events of each of several channels are sorted; of more, one after another is taken."""
 
-_SMALLEST_EVENT = 10
-"""No published event is smaller, in bytes on the wire: each has an id and data."""
+_MANY = 500
+"""The same of a single channel, which keeps fewer by default."""
 
 _seq_of, _wire_of = attrgetter("seq"), attrgetter("wire")
 
@@ -404,9 +404,7 @@ def read(
     if end is not None and after >= end:
         return None
     last = until if end is None else min(until, end)
-    is_one = len(channel_set.channels) == 1
-    # One more than reach the size, so that a single one is all there is.
-    limit = None if max_bytes is None else max_bytes // _SMALLEST_EVENT + 2 if is_one else _FEW
+    limit = None if max_bytes is None else _MANY if len(channel_set.channels) == 1 else _FEW
     kept, is_cut = [], False
     for number, channel in enumerate(channel_set.channels):
         history = channel.history
@@ -421,7 +419,7 @@ def read(
             entries = entries_after(since, limit)
             kept.append(entries)
             is_cut = is_cut or len(entries) == limit
-    if max_bytes is not None and is_cut and not is_one:
+    if max_bytes is not None and is_cut:
         return _merged(channel_set, after, last, max_bytes, floors)
     found, position = up_to(last, kept), max(after, last)
     if max_bytes is None or len(found) < 2:

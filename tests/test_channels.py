@@ -174,13 +174,14 @@ def test_of_channels_that_have_much_one_event_after_another_is_taken() -> None:
     assert channel_set.read(0, 30, size, [0, 0]) == (whole, 30)
 
 
+@pytest.mark.parametrize("names", ["a", "ab"])
 @pytest.mark.parametrize("few", [1, 2, 16])
 @given(WIRES, st.integers(1, 500), st.data())
 def test_reading_in_frames_gives_what_reading_at_once_does(
-    few: int, published: list[tuple[set[str], int]], max_bytes: int, data: Any
+    few: int, names: str, published: list[tuple[set[str], int]], max_bytes: int, data: Any
 ) -> None:
     broker = MemoryBroker(history=1000)
-    subscription = broker.subscribe("a", "b")
+    subscription = broker.subscribe(*names)
     for channels, size in published:
         broker.publish("x" * size, channel=channels)
     whole = subscription.channel_set.read(0)
@@ -188,6 +189,7 @@ def test_reading_in_frames_gives_what_reading_at_once_does(
     frames, position = b"", 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(channels_module, "_FEW", few)
+        patch.setattr(channels_module, "_MANY", few)
         for stop in (until, None):
             while found := subscription.channel_set.read(position, stop, max_bytes):
                 wire, position = found
