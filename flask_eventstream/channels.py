@@ -26,10 +26,10 @@ _CHANNEL_BYTES = 1024
 """What a channel counts besides its name and its events, in bytes; it has less on CPython 3.11."""
 
 _FEW = 16
-"""So many events of each of several channels are sorted; of more, one after another is taken."""
+"""So many new events of each of some channels are sorted; of more, one after another is taken."""
 
 _MANY = 500
-"""The same of a single channel, which keeps fewer by default."""
+"""The same if only one of them has any. It keeps fewer by default."""
 
 _seq_of, _wire_of = attrgetter("seq"), attrgetter("wire")
 
@@ -404,8 +404,8 @@ def read(
     if end is not None and after >= end:
         return None
     last = until if end is None else min(until, end)
-    limit = None if max_bytes is None else _MANY if len(channel_set.channels) == 1 else _FEW
-    kept, is_cut = [], False
+    limit = None if max_bytes is None else _MANY
+    kept, is_long = [], False
     for number, channel in enumerate(channel_set.channels):
         history = channel.history
         if floors is None:
@@ -418,13 +418,20 @@ def read(
         if history.newest > since:
             entries = entries_after(since, limit)
             kept.append(entries)
-            is_cut = is_cut or len(entries) == limit
-    if max_bytes is not None and is_cut:
+            if limit is not None:
+                is_long = is_long or len(entries) >= _FEW
+                # The first that has any may be the only one.
+                limit = _FEW
+    if max_bytes is not None and is_long and (len(kept) > 1 or len(kept[0]) == _MANY):
         return _merged(channel_set, after, last, max_bytes, floors)
     found, position = up_to(last, kept), max(after, last)
     if max_bytes is None or len(found) < 2:
         # The most common case by far: the newest event of one channel.
         return found, position
+    return _cut(found, position, max_bytes)
+
+
+def _cut(found: list[Entry], position: int, max_bytes: int) -> tuple[list[Entry], int]:
     sizes = list(accumulate(map(len, map(_wire_of, found))))
     if sizes[-1] < max_bytes:
         return found, position

@@ -189,7 +189,7 @@ def test_reading_in_frames_gives_what_reading_at_once_does(
     frames, position = b"", 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(channels_module, "_FEW", few)
-        patch.setattr(channels_module, "_MANY", few)
+        patch.setattr(channels_module, "_MANY", 2 * few)
         for stop in (until, None):
             while found := subscription.channel_set.read(position, stop, max_bytes):
                 wire, position = found
