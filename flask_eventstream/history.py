@@ -76,6 +76,7 @@ class History:
     __slots__ = (
         "_entries",
         "_first",
+        "_has_ids",
         "_hidden_bytes",
         "_keys",
         "_max_bytes",
@@ -117,6 +118,8 @@ class History:
         # once _hide() has moved it on.
         self._entries: list[Entry] = []
         self._first = self._window = 0
+        # Whether any was published with an id of its own.
+        self._has_ids = False
         # Of each key, the number of the only entry that it has.
         self._keys: dict[str, int] = {}
         # The joins and leaves, if there are any, and how many of them are replayed.
@@ -134,6 +137,8 @@ class History:
         """
         if entry.key is not None:
             self._note(entry.key, entry)
+        if entry.id is not None:
+            self._has_ids = True
         self._entries.append(entry)
         self.newest = entry.seq
         self.bytes += len(entry.wire) + _ENTRY_OVERHEAD
@@ -327,6 +332,9 @@ class History:
 
     def positions(self, id: str) -> list[int]:
         """Return the sequence numbers of the events that were published with this id."""
+        if not self._has_ids:
+            # Anybody may come with whatever id, and there may be many entries.
+            return []
         return [entry.seq for entry in self._entries[self._first :] if entry.id == id]
 
 

@@ -166,7 +166,7 @@ class Counted(list[Entry]):
         return entries
 
 
-@pytest.mark.parametrize("cursor", ["the first", None])
+@pytest.mark.parametrize("cursor", ["the first", "invented", None])
 @pytest.mark.parametrize("number", [1, 10])
 def test_what_channels_keep_is_looked_at_no_more_than_it_is_sent(
     number: int, cursor: str | None
