@@ -188,8 +188,10 @@ def _make_certificate(pem: Path) -> None:
 
 
 @contextmanager
-def nginx(home: Path, app_port: int, *changes: tuple[str, str]) -> Iterator[Server]:
-    with proxy("nginx", home, app_port, *changes, timeout=TIMEOUT) as server:
+def nginx(
+    home: Path, app_port: int, *changes: tuple[str, str], timeout: int = 60
+) -> Iterator[Server]:
+    with proxy("nginx", home, app_port, *changes, timeout=timeout) as server:
         yield server
 
 
@@ -219,6 +221,13 @@ class Reader:
             assert chunk, "the stream has ended"
             self._events.extend(self._parser.feed(chunk))
         return self._events.popleft()
+
+    def more(self) -> bytes:
+        """Return what comes next; ``b""`` if the stream has ended or is broken."""
+        try:
+            return self.chunk()
+        except (IncompleteRead, ConnectionError):
+            return b""
 
     def end(self) -> str:
         """Read to the end, and tell whether it was ``"complete"`` or ``"broken"``."""

@@ -9,8 +9,9 @@ from flask_eventstream import probe
 from flask_eventstream.probe import check_stream, margin
 
 from .canned import END, HEAD, STREAM, answered, canned, chunked
+from .proxies import TIMEOUT, nginx
 from .proxies import app as served_app
-from .proxies import nginx
+from .servers import DEADLINE, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +39,11 @@ def wrong(findings: list[Finding]) -> list[tuple[str, str]]:
     return [(found.level, found.what) for found in findings if found.level != "ok"]
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "AT_ONCE", DEADLINE)
+
+
 @pytest.fixture(scope="module")
 def served() -> Iterator[Server]:
     with served_app(OF_THE_APP) as server:
@@ -46,12 +52,17 @@ def served() -> Iterator[Server]:
 
 def test_through_the_nginx_of_the_docs_all_is_well(served: Server, tmp_path: Path) -> None:
     with nginx(tmp_path, served.port) as proxy:
-        findings = checked(f"{proxy.url}/stream", idle=HEARTBEAT)
-    assert wrong(findings) == []
+        # Once more if need be: the machine may hold a heartbeat up, but not each time.
+        findings = wait_for(lambda: heard_at_the_apps_pace(f"{proxy.url}/stream"))
     assert findings[0].what == f"{proxy.url}/stream answers 200 with text/event-stream"
+
+
+def heard_at_the_apps_pace(url: str) -> list[Finding]:
+    """Return what is found if all is well, and no silence was much longer than the app's."""
+    findings = checked(url, idle=HEARTBEAT)
     silence = re.fullmatch(r".*, and the longest silence was (\d\.\d) s", findings[-1].what)
-    assert silence is not None
-    assert float(silence[1]) < HEARTBEAT / 2
+    is_well = not wrong(findings) and silence and float(silence[1]) < HEARTBEAT / 2
+    return findings if is_well else []
 
 
 def test_a_proxy_that_buffers_is_found(
@@ -88,7 +99,7 @@ def test_a_proxy_that_compresses_and_buffers_is_told_from_one_that_only_buffers(
 
 def test_a_proxy_that_cuts_silent_streams_is_found(served: Server, tmp_path: Path) -> None:
     # A stream whose heartbeat is 3 seconds, and an nginx that waits for one.
-    with nginx(tmp_path, served.port) as proxy:
+    with nginx(tmp_path, served.port, timeout=TIMEOUT) as proxy:
         findings = checked(f"{proxy.url}/stream/mute", heartbeat=3)
     [(level, what)] = wrong(findings)
     # nginx counts from when it has read the last byte, and we from when that is here.
