@@ -177,3 +177,14 @@ def serving(
     port = free_port()
     with running(gunicorn(app, worker_class, *options, port=port), port, environ) as server:
         yield server
+
+
+@contextmanager
+def standing_still(process: int) -> Iterator[None]:
+    """Have a process do nothing meanwhile; clients that connect get another one."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        wait_for(lambda: Path(f"/proc/{process}/stat").read_text().rpartition(")")[2][1] == "T")
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)

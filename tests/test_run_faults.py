@@ -9,8 +9,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +16,7 @@ import pytest
 from flask_eventstream import EventStreamParser, ServerSentEvent
 from flask_eventstream.redis_broker import RedisBroker
 
-from .servers import DEADLINE, ROOT, Server, serving, wait_for
+from .servers import DEADLINE, ROOT, Server, serving, standing_still, wait_for
 from .stress import UNTRACED, workers
 
 if TYPE_CHECKING:
@@ -116,17 +114,6 @@ def check(follower: Follower) -> None:
     assert ids == [f"{run}.{n}" for n in range(1, len(ids) + 1)]
     data = [event.data for event in follower.events]
     assert data[1:-1] == [str(n) for n in range(1, len(ids) - 1)]
-
-
-@contextmanager
-def standing_still(process: int) -> Iterator[None]:
-    """Have a process do nothing meanwhile; who connects gets another one."""
-    os.kill(process, signal.SIGSTOP)
-    try:
-        wait_for(lambda: Path(f"/proc/{process}/stat").read_text().rpartition(")")[2][1] == "T")
-        yield
-    finally:
-        os.kill(process, signal.SIGCONT)
 
 
 def test_when_the_producer_is_killed_all_clients_get_lost(server: Server) -> None:

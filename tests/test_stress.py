@@ -27,7 +27,16 @@ import pytest
 from flask_eventstream.hub import SocketHub
 from flask_eventstream.subscriber import Source, Subscriber
 
-from .servers import DEADLINE, Server, free_port, gunicorn, running, serving, wait_for
+from .servers import (
+    DEADLINE,
+    Server,
+    free_port,
+    gunicorn,
+    running,
+    serving,
+    standing_still,
+    wait_for,
+)
 from .stress import UNTRACED, Client, cpu_seconds, crowd, is_ready, memory_mib, workers
 from .test_cleanup import state
 
@@ -403,10 +412,10 @@ def settled_state(server: Server) -> dict[str, Any]:
 @pytest.mark.parametrize("worker", ["gevent", "gthread"])
 def test_preloaded_workers_have_a_hub_each(connect: Connect, worker: str) -> None:
     with serve(worker, "--preload", "--workers", "2", heartbeat=LONG) as server:
+        wait_for(lambda: len(workers(server)) == 2, what="two workers")
         clients = [connect(server, "/who").begin()]
         pids = {pid_of(clients[0])}
-        while len(pids) < 2:
-            assert len(clients) < 200
+        with standing_still(*pids):
             clients.append(connect(server, "/who").begin())
             pids.add(pid_of(clients[-1]))
         assert pids == set(workers(server))
