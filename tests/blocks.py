@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, NamedTuple
 
-from .servers import ROOT
+from .servers import ROOT, traced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,9 +110,10 @@ class Shell:
         self._environ = {**os.environ, **environ, "PATH": path}
 
     def type(self, command: str) -> str:
+        words = shlex.split(command)
         done = subprocess.run(
-            shlex.split(command),
-            cwd=self._home, env=self._environ, capture_output=True, text=True, timeout=300,
+            words, cwd=self._home, env=self._environ_of(words),
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -120,8 +121,9 @@ class Shell:
     @contextmanager
     def typing(self, command: str) -> Iterator[subprocess.Popen[str]]:
         """Type it, and interrupt it at the end of the block."""
+        words = shlex.split(command)
         process = subprocess.Popen(
-            shlex.split(command), cwd=self._home, env=self._environ, text=True,
+            words, cwd=self._home, env=self._environ_of(words), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         with process:
@@ -129,6 +131,9 @@ class Shell:
                 yield process
             finally:
                 process.terminate()
+
+    def _environ_of(self, command: list[str]) -> dict[str, str]:
+        return {**traced(command), **self._environ}
 
 
 def _of_markdown(page: str, text: str) -> Iterator[Block]:

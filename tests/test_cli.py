@@ -18,7 +18,7 @@ from flask_eventstream.cli import commands
 from flask_eventstream.redis_broker import RedisBroker
 
 from .canned import END, GONE, STREAM, answered, canned, chunked
-from .servers import DEADLINE, ROOT, serving, wait_for
+from .servers import DEADLINE, ROOT, serving, traced, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -207,7 +207,7 @@ def test_what_cannot_be_followed_is_refused(app: Flask, arguments: list[str]) ->
 def flask(redis: RedisServer, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "flask", "--app", "tests.redis_app:create_app", "eventstream"]
     pipe = subprocess.PIPE
-    environ = {**os.environ, "REDIS_URL": redis.url}
+    environ = {**os.environ, **traced(command), "REDIS_URL": redis.url}
     process = subprocess.Popen(
         [*command, *arguments], cwd=ROOT, env=environ, stdout=pipe, stderr=pipe, text=True
     )

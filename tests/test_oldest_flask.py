@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .servers import ROOT, skip_unless_ci
+from .servers import ROOT, skip_unless_ci, traced
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,5 +34,6 @@ def test_streams_have_their_contexts_on_the_oldest_flask_too(tmp_path: Path) -> 
     # One worker class is enough here.
     some = ["-k", "gthread or not test_common_apps"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *some, *files]
+    environ.update(traced(command))
     told = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert told.returncode == 0, told.stdout[-5000:]
