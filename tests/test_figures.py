@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 from flask_eventstream.figures import DELAYS, Deliveries, Figures
 
@@ -11,6 +12,22 @@ def test_events_are_counted_for_each_subscriber_who_got_them() -> None:
     deliveries.add(wire, 1000)
     deliveries.add(b":\n", 5)
     assert (deliveries.events, deliveries.bytes) == (2000, 1000 * len(wire) + 10)
+
+
+def test_the_same_bytes_are_looked_through_once_for_all_who_get_them() -> None:
+    class Large(bytes):
+        looks = 0
+
+        def count(self, *arguments: Any) -> int:
+            Large.looks += 1
+            return super().count(*arguments)
+
+    deliveries, wire = Deliveries(), Large(b"data: a\n\n")
+    for subscribers in (0, 1, 2):
+        deliveries.add(wire, subscribers)
+    assert (deliveries.events, Large.looks) == (3, 1)
+    deliveries.add(b"data: b\n\ndata: c\n\n", 1)
+    assert deliveries.events == 5
 
 
 def test_delays_are_counted_in_classes_that_end_with_their_bounds() -> None:
