@@ -6,6 +6,7 @@ To look whether there is a place and to take it is one step, since many threads 
 from __future__ import annotations
 
 import ipaddress
+import re
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 """What IPv4 addresses are mapped to on their way to a server that has IPv6 alone (RFC 6052)."""
+
+_HOST_AND_PORT = re.compile(r"\[([^]]*)\](?::[0-9]+)?|(.+):[0-9]+")
 
 
 class Body(Protocol):
@@ -248,8 +251,9 @@ def network_of(address: str) -> str:
 
     :param address: what the server or a proxy says, such as ``[2001:db8::1]:443``.
     """
-    text = address.strip(' \t"').removeprefix("[").partition("]")[0]
-    ip = _ip(text) or _ip(text.rpartition(":")[0])
+    text = address.strip(' \t"')
+    parts = _HOST_AND_PORT.fullmatch(text)
+    ip = _ip(text) or (_ip(parts[1] or parts[2] or "") if parts else None)
     if ip is None:
         return ""
     if ip.version == 4:
