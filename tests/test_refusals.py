@@ -11,7 +11,7 @@ from flask import Flask, abort, jsonify, request, session
 
 import example_app
 import flask_eventstream
-from flask_eventstream import EventStream, ServerSentEvent
+from flask_eventstream import EventStream, ServerSentEvent, refusals
 from flask_eventstream.errors import InvalidFieldError, TooLargeError
 from flask_eventstream.flask_sse import ServerSentEventsBlueprint
 
@@ -97,6 +97,20 @@ def test_a_name_that_cannot_be_is_an_error_of_who_sends_it(
     json = "application/json"
     assert status_of(app, with_json, method="POST", data=body, content_type=json) == 400
     assert status_of(app, with_json, method="POST", json={"name": "fine"}) == 200
+
+
+def test_a_client_cannot_have_a_long_name_compared_with_much_else(
+    app: Flask, stream: EventStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(refusals, "_explains", lambda text, *_: compared.append(text))
+    body = {"name": "x" * 200_000, "junk": [str(n) for n in range(100)]}
+
+    def with_json() -> Any:
+        return stream.subscribe(request.json["name"])
+
+    assert status_of(app, with_json, method="POST", json=body) == 400
+    assert compared == []
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
